@@ -1,0 +1,17 @@
+"""Libra R-CNN and Libra RetinaNet from torchvision's detectors."""
+
+from .apply import apply_libra
+from .builders import (
+    libra_fasterrcnn,
+    libra_fasterrcnn_resnet50_fpn,
+    libra_retinanet,
+    libra_retinanet_resnet50_fpn,
+)
+
+__all__ = [
+    "apply_libra",
+    "libra_fasterrcnn",
+    "libra_fasterrcnn_resnet50_fpn",
+    "libra_retinanet",
+    "libra_retinanet_resnet50_fpn",
+]

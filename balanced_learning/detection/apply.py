@@ -1,0 +1,198 @@
+"""Turns torchvision's detectors into Libra R-CNN and Libra RetinaNet, in place."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection.retinanet import RetinaNetRegressionHead
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
+
+from ..losses import BalancedL1Loss
+from ..pyramid import BalancedFeaturePyramid
+from ..samplers import IoUBalancedSampler
+from .retinanet import LibraRetinaNetRegressionHead
+from .roi_heads import LibraRoIHeads
+from .rpn import LibraRPN
+
+Detector = TypeVar("Detector", FasterRCNN, RetinaNet)
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def apply_libra(
+    model: Detector,
+    *,
+    sampler: bool | Callable = True,
+    pyramid: bool | nn.Module = True,
+    box_loss: bool | nn.Module = True,
+    rpn: bool = False,
+) -> Detector:
+    """Builds the three ideas of Libra R-CNN into a torchvision detector, in place.
+
+    Weights stay, every key of the state dict keeps its name (a balanced pyramid adds ``backbone.bfp.*``), targets and
+    detections keep torchvision's format, and its normalisers of the losses stay. For each part ``True`` is the paper's
+    setting, ``False`` torchvision's own; anything else is used as it is.
+
+    Args:
+        model (FasterRCNN or RetinaNet): a detector of torchvision, with any weights and number of classes.
+            ``MaskRCNN`` and ``KeypointRCNN`` are balanced in their box branch.
+        sampler (bool or IoUBalancedSampler): how the second stage samples proposals. ``True``: three bins up to the
+            IoU below which a proposal is a negative (0.5), with the model's own batch size and fraction of positives.
+            RetinaNet samples nothing: there, ``True`` has no effect.
+        pyramid (bool or BalancedFeaturePyramid): what the maps of the backbone go through. ``True``: non-local
+            refinement at P4, or at the middle level of a pyramid that is not P2 to P6 or P3 to P7.
+        box_loss (bool or nn.Module): ``True``: :class:`~balanced_learning.BalancedL1Loss` with alpha 0.5, gamma 1.5 and
+            beta 1 (RetinaNet: 0.11). Or a loss with a ``reduction`` attribute, such as ``nn.SmoothL1Loss(beta=1.0)``,
+            the baseline of the paper's table 6. Whatever its reduction, its sum enters torchvision's normalisation.
+        rpn (bool): whether the first stage is balanced, too: the parts that are not ``False``, in the paper's setting,
+            with bins up to the RPN's own negative threshold (0.3) and beta 1/9.
+
+    Returns:
+        FasterRCNN or RetinaNet: the same model.
+
+    Raises:
+        TypeError: for a model or part of another type.
+        ValueError: if the model is balanced already, or a part does not exist in it.
+
+    Example:
+        >>> from torchvision.models.detection import fasterrcnn_resnet50_fpn
+        >>> model = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+        >>> apply_libra(model).backbone.bfp
+        BalancedFeaturePyramid(
+          in_channels=256, refine_level=2
+          (refine): NonLocal(
+            (theta): Conv2d(256, 256, kernel_size=(1, 1), stride=(1, 1))
+            (phi): Conv2d(256, 256, kernel_size=(1, 1), stride=(1, 1))
+            (g): Conv2d(256, 256, kernel_size=(1, 1), stride=(1, 1))
+            (out): Conv2d(256, 256, kernel_size=(1, 1), stride=(1, 1))
+          )
+        )
+    """
+    _check(model, sampler, pyramid, box_loss, rpn)
+    if pyramid is not False:
+        _balance_backbone(model, pyramid)
+    if isinstance(model, RetinaNet):
+        if box_loss is not False:
+            head = _as(LibraRetinaNetRegressionHead, model.head.regression_head)
+            head.box_loss = _paper_loss(beta=0.11) if box_loss is True else box_loss
+    else:
+        if rpn:
+            _balance_stage(_as(LibraRPN, model.rpn), sampler is not False, box_loss is not False, beta=1 / 9)
+        if sampler is not False or box_loss is not False:
+            _balance_stage(_as(LibraRoIHeads, model.roi_heads), sampler, box_loss, beta=1.0)
+    return model
+
+
+def _as(cls: type[Module], module: Any) -> Module:
+    """The same module, with its weights, settings and hooks, under our subclass of its class."""
+    module.__class__ = cls
+    return module
+
+
+def _balance_stage(
+    stage: LibraRoIHeads | LibraRPN, sampler: bool | Callable, box_loss: bool | nn.Module, beta: float
+) -> None:
+    if sampler is True:
+        own = stage.fg_bg_sampler
+        sampler = IoUBalancedSampler(
+            own.batch_size_per_image, own.positive_fraction, max_iou=stage.proposal_matcher.low_threshold
+        )
+    if sampler is not False:
+        stage.fg_bg_sampler = sampler
+    if box_loss is True:
+        box_loss = _paper_loss(beta)
+    elif box_loss is False:
+        box_loss = nn.SmoothL1Loss(reduction="sum", beta=1 / 9)  # torchvision's, in both stages
+    stage.box_loss = box_loss
+
+
+def _paper_loss(beta: float) -> BalancedL1Loss:
+    return BalancedL1Loss(alpha=0.5, gamma=1.5, beta=beta, reduction="sum")
+
+
+def _balance_backbone(model: FasterRCNN | RetinaNet, pyramid: bool | nn.Module) -> None:
+    """Adds the pyramid behind the backbone. A hook, because a module around it would rename the keys inside."""
+    backbone = model.backbone
+    if pyramid is True:
+        pyramid = BalancedFeaturePyramid(backbone.out_channels, refine_level=_refine_level(model))
+        pyramid.to(next(backbone.parameters())).train(backbone.training)
+    backbone.bfp = pyramid
+    backbone.register_forward_hook(_through_pyramid)
+
+
+def _through_pyramid(backbone: nn.Module, _: tuple, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    return backbone.get_submodule("bfp")(features)
+
+
+def _num_levels(model: FasterRCNN | RetinaNet) -> int:
+    generator = model.anchor_generator if isinstance(model, RetinaNet) else model.rpn.anchor_generator
+    return len(generator.sizes)
+
+
+def _refine_level(model: FasterRCNN | RetinaNet) -> int:
+    """The index of P4 among P2 to P6 or P3 to P7, whose coarsest levels are extra blocks; otherwise the middle."""
+    num_levels = _num_levels(model)
+    if num_levels != 5:
+        return num_levels // 2
+    fpn = getattr(model.backbone, "fpn", None)
+    finest_is_p3 = len(fpn.inner_blocks) == 3 if fpn is not None else isinstance(model, RetinaNet)
+    return 1 if finest_is_p3 else 2
+
+
+def _check(
+    model: nn.Module, sampler: bool | Callable, pyramid: bool | nn.Module, box_loss: bool | nn.Module, rpn: bool
+) -> None:
+    """Everything that can be wrong, before anything is changed."""
+    if not isinstance(model, FasterRCNN | RetinaNet):
+        raise TypeError(
+            "model must be a FasterRCNN, MaskRCNN, KeypointRCNN or RetinaNet of torchvision.models.detection, "
+            f"got {type(model).__name__}"
+        )
+    if not (isinstance(sampler, bool) or callable(sampler)):
+        raise TypeError(f"sampler must be True, False or an IoUBalancedSampler, got {sampler!r}")
+    if not isinstance(pyramid, bool | nn.Module):
+        raise TypeError(f"pyramid must be True, False or a BalancedFeaturePyramid, got {pyramid!r}")
+    if not isinstance(box_loss, bool | nn.Module) or (box_loss not in (True, False) and not _has_reduction(box_loss)):
+        raise TypeError(
+            f"box_loss must be True, False or a loss with a reduction of 'none', 'mean' or 'sum', got {box_loss!r}"
+        )
+    if not isinstance(rpn, bool):
+        raise TypeError(f"rpn must be True or False, got {rpn!r}")
+    ours = (LibraRoIHeads, LibraRPN, LibraRetinaNetRegressionHead, BalancedFeaturePyramid)
+    if hasattr(model.backbone, "bfp") or any(isinstance(module, ours) for module in model.modules()):
+        raise ValueError("model is balanced already: apply_libra works once on a model, with all parts in one call")
+
+    if isinstance(model, RetinaNet):
+        if not isinstance(sampler, bool):
+            raise ValueError(f"sampler must be True or False for a RetinaNet, which samples nothing, got {sampler!r}")
+        if rpn:
+            raise ValueError("rpn must be False for a RetinaNet, which has no RPN")
+        stages = [(model.head.regression_head, RetinaNetRegressionHead, box_loss is not False)]
+    else:
+        second_stage = sampler is not False or box_loss is not False
+        stages = [(model.roi_heads, RoIHeads, second_stage), (model.rpn, RegionProposalNetwork, rpn)]
+    for stage, stock, is_replaced in stages:
+        if is_replaced and type(stage) is not stock:
+            raise TypeError(f"model must have torchvision's {stock.__name__}, got {type(stage).__name__}")
+    if pyramid is not False:
+        _check_pyramid(model, pyramid)
+
+
+def _has_reduction(box_loss: object) -> bool:
+    return getattr(box_loss, "reduction", None) in ("none", "mean", "sum")
+
+
+def _check_pyramid(model: FasterRCNN | RetinaNet, pyramid: bool | nn.Module) -> None:
+    num_levels = _num_levels(model)
+    if num_levels < 2:
+        raise ValueError("pyramid must be False for a model whose backbone has a single level")
+    if isinstance(pyramid, BalancedFeaturePyramid):
+        if pyramid.refine_level >= num_levels:
+            raise ValueError(
+                f"pyramid.refine_level must be below the {num_levels} levels of model, got {pyramid.refine_level}"
+            )
+        if pyramid.in_channels != model.backbone.out_channels:
+            raise ValueError(
+                f"pyramid.in_channels must be {model.backbone.out_channels}, as in model, got {pyramid.in_channels}"
+            )

@@ -1,0 +1,168 @@
+"""Libra Faster R-CNN and Libra RetinaNet in one call, with the arguments of torchvision's builders."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torchvision.models import ResNet50_Weights, WeightsEnum, get_model, list_models, resnet
+from torchvision.models.detection import (
+    FasterRCNN,
+    FasterRCNN_ResNet50_FPN_Weights,
+    RetinaNet,
+    RetinaNet_ResNet50_FPN_Weights,
+    fasterrcnn_resnet50_fpn,
+    retinanet_resnet50_fpn,
+)
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, _resnet_fpn_extractor
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from .apply import apply_libra
+
+
+def libra_fasterrcnn_resnet50_fpn(
+    *,
+    weights: FasterRCNN_ResNet50_FPN_Weights | str | None = None,
+    progress: bool = True,
+    num_classes: int | None = None,
+    weights_backbone: ResNet50_Weights | str | None = ResNet50_Weights.IMAGENET1K_V1,
+    trainable_backbone_layers: int | None = None,
+    sampler: bool | Callable = True,
+    pyramid: bool | nn.Module = True,
+    box_loss: bool | nn.Module = True,
+    rpn: bool = False,
+    **kwargs: Any,
+) -> FasterRCNN:
+    """Libra Faster R-CNN with a ResNet-50 FPN, as :func:`torchvision.models.detection.fasterrcnn_resnet50_fpn`.
+
+    Args:
+        weights, progress, num_classes, weights_backbone, trainable_backbone_layers, **kwargs: torchvision's.
+            ``weights`` are those of the plain detector, to start from; the pyramid has none.
+        sampler, pyramid, box_loss, rpn: see :func:`apply_libra`.
+
+    Example:
+        >>> model = libra_fasterrcnn_resnet50_fpn(weights_backbone=None, num_classes=7)
+    """
+    model = fasterrcnn_resnet50_fpn(
+        weights=weights,
+        progress=progress,
+        num_classes=num_classes,
+        weights_backbone=weights_backbone,
+        trainable_backbone_layers=trainable_backbone_layers,
+        **kwargs,
+    )
+    return apply_libra(model, sampler=sampler, pyramid=pyramid, box_loss=box_loss, rpn=rpn)
+
+
+def libra_retinanet_resnet50_fpn(
+    *,
+    weights: RetinaNet_ResNet50_FPN_Weights | str | None = None,
+    progress: bool = True,
+    num_classes: int | None = None,
+    weights_backbone: ResNet50_Weights | str | None = ResNet50_Weights.IMAGENET1K_V1,
+    trainable_backbone_layers: int | None = None,
+    pyramid: bool | nn.Module = True,
+    box_loss: bool | nn.Module = True,
+    **kwargs: Any,
+) -> RetinaNet:
+    """Libra RetinaNet with a ResNet-50 FPN, as :func:`torchvision.models.detection.retinanet_resnet50_fpn`.
+
+    Args:
+        weights, progress, num_classes, weights_backbone, trainable_backbone_layers, **kwargs: torchvision's.
+            ``weights`` are those of the plain detector, to start from; the pyramid has none.
+        pyramid, box_loss: see :func:`apply_libra`.
+
+    Example:
+        >>> model = libra_retinanet_resnet50_fpn(weights_backbone=None, num_classes=7)
+    """
+    model = retinanet_resnet50_fpn(
+        weights=weights,
+        progress=progress,
+        num_classes=num_classes,
+        weights_backbone=weights_backbone,
+        trainable_backbone_layers=trainable_backbone_layers,
+        **kwargs,
+    )
+    return apply_libra(model, pyramid=pyramid, box_loss=box_loss)
+
+
+def libra_fasterrcnn(
+    *,
+    backbone_name: str = "resnet50",
+    progress: bool = True,
+    num_classes: int = 91,
+    weights_backbone: WeightsEnum | str | None = "IMAGENET1K_V1",
+    trainable_backbone_layers: int | None = None,
+    sampler: bool | Callable = True,
+    pyramid: bool | nn.Module = True,
+    box_loss: bool | nn.Module = True,
+    rpn: bool = False,
+    **kwargs: Any,
+) -> FasterRCNN:
+    """Libra Faster R-CNN on P2 to P6 of any ResNet or ResNeXt of torchvision.
+
+    Args:
+        backbone_name (str): ``"resnet18"`` to ``"resnet152"``, ``"resnext101_64x4d"``, ``"wide_resnet50_2"``, ...
+        progress (bool): whether a download shows its progress.
+        num_classes (int): number of classes, background included.
+        weights_backbone (WeightsEnum or str, optional): weights of the backbone; without, it starts from scratch.
+        trainable_backbone_layers (int, optional): how many stages, from the last, are trained: 0 to 5. By default 3
+            with weights, 5 without.
+        sampler, pyramid, box_loss, rpn: see :func:`apply_libra`.
+        **kwargs: for :class:`torchvision.models.detection.FasterRCNN`.
+
+    Raises:
+        ValueError: for an unknown backbone or weights it does not have.
+
+    Example:
+        >>> model = libra_fasterrcnn(backbone_name="resnet18", weights_backbone=None, num_classes=7, min_size=320)
+    """
+    backbone = _backbone(backbone_name, weights_backbone, progress, trainable_backbone_layers, finest_level=2)
+    model = FasterRCNN(backbone, num_classes, **kwargs)
+    return apply_libra(model, sampler=sampler, pyramid=pyramid, box_loss=box_loss, rpn=rpn)
+
+
+def libra_retinanet(
+    *,
+    backbone_name: str = "resnet50",
+    progress: bool = True,
+    num_classes: int = 91,
+    weights_backbone: WeightsEnum | str | None = "IMAGENET1K_V1",
+    trainable_backbone_layers: int | None = None,
+    pyramid: bool | nn.Module = True,
+    box_loss: bool | nn.Module = True,
+    **kwargs: Any,
+) -> RetinaNet:
+    """Libra RetinaNet on P3 to P7 of any ResNet or ResNeXt of torchvision.
+
+    Args:
+        backbone_name, progress, num_classes, weights_backbone, trainable_backbone_layers: see :func:`libra_fasterrcnn`.
+        pyramid, box_loss: see :func:`apply_libra`.
+        **kwargs: for :class:`torchvision.models.detection.RetinaNet`.
+
+    Raises:
+        ValueError: for an unknown backbone or weights it does not have.
+
+    Example:
+        >>> model = libra_retinanet(backbone_name="resnet18", weights_backbone=None, num_classes=7, min_size=320)
+    """
+    backbone = _backbone(backbone_name, weights_backbone, progress, trainable_backbone_layers, finest_level=3)
+    return apply_libra(RetinaNet(backbone, num_classes, **kwargs), pyramid=pyramid, box_loss=box_loss)
+
+
+def _backbone(
+    name: str, weights: WeightsEnum | str | None, progress: bool, trainable_layers: int | None, finest_level: int
+) -> BackboneWithFPN:
+    """The backbone of torchvision's ``*_resnet50_fpn`` builders, for any ResNet: P2 to P6, or P3 to P7."""
+    known = list_models(module=resnet)
+    if name not in known:
+        raise ValueError(f"backbone_name must be one of {', '.join(known)}; got {name!r}")
+    if trainable_layers is None:
+        trainable_layers = 5 if weights is None else 3
+    norm_layer = nn.BatchNorm2d if weights is None else FrozenBatchNorm2d
+    body = get_model(name, weights=weights, progress=progress, norm_layer=norm_layer)
+    if finest_level == 2:
+        return _resnet_fpn_extractor(body, trainable_layers)
+    return _resnet_fpn_extractor(
+        body, trainable_layers, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256)
+    )

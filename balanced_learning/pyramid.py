@@ -1,0 +1,166 @@
+"""The balanced feature pyramid: every level strengthened by the same, balanced, semantic features."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch.nn.functional as F
+from torch import Size, Tensor, nn
+
+Features = TypeVar("Features", list[Tensor], tuple[Tensor, ...], dict[str, Tensor])
+
+
+class BalancedFeaturePyramid(nn.Module):
+    r"""Balanced feature pyramid (BFP), section 3.2 of Libra R-CNN.
+
+    The maps of all levels are resized to the size of one, averaged (equation 3), refined, resized back and added to
+    each level:
+
+    .. math::
+        C = \frac{1}{L} \sum_{l=1}^{L} \text{resize}(C_l, \text{size of } C_r), \qquad
+        P_l = C_l + \text{resize}(\text{refine}(C), \text{size of } C_l)
+
+    Going to a coarser level is adaptive max pooling, to a finer one nearest-neighbour interpolation.
+
+    Args:
+        in_channels (int): channels of every map.
+        refine_level (int): index r of the level whose size the average has; 0 is the finest. The paper's is P4.
+        refine (str, optional): ``"non_local"``, the paper's: :class:`NonLocal`; ``"conv"``: a 3 x 3 convolution and
+            ReLU; ``None``: the average itself, without parameters.
+        init (str): ``"zero"``: the non-local block starts as the identity (later mmdetection); ``"xavier"``: all
+            convolutions start from Xavier's uniform distribution, as the published weights did. For ``"conv"``, which
+            has no residual and would stay at zero, ``"zero"`` stands for Kaiming's normal distribution.
+
+    Shape:
+        A list, tuple or dict of two or more maps :math:`(N, C, H_l, W_l)`, finest first, of any sizes; the output has
+        the same container, keys, order and shapes.
+
+    Raises:
+        TypeError: if the maps come in another container.
+        ValueError: for wrong arguments, fewer than two maps, a ``refine_level`` beyond them, or a map of another shape.
+
+    Reference:
+        Jiangmiao Pang, Kai Chen, Jianping Shi, Huajun Feng, Wanli Ouyang, Dahua Lin:
+        Libra R-CNN: Towards Balanced Learning for Object Detection. https://arxiv.org/abs/1904.02701
+
+    Example:
+        >>> bfp = BalancedFeaturePyramid(in_channels=16, refine_level=1)
+        >>> features = {"0": torch.rand(1, 16, 32, 32), "1": torch.rand(1, 16, 16, 16), "2": torch.rand(1, 16, 7, 7)}
+        >>> {name: tuple(level.shape) for name, level in bfp(features).items()}
+        {'0': (1, 16, 32, 32), '1': (1, 16, 16, 16), '2': (1, 16, 7, 7)}
+    """
+
+    def __init__(
+        self, in_channels: int = 256, *, refine_level: int = 2, refine: str | None = "non_local", init: str = "zero"
+    ) -> None:
+        super().__init__()
+        if in_channels < 1:
+            raise ValueError(f"in_channels must be at least 1, got {in_channels}")
+        if refine_level < 0:
+            raise ValueError(f"refine_level must be at least 0, got {refine_level}")
+        if refine not in ("non_local", "conv", None):
+            raise ValueError(f"refine must be 'non_local', 'conv' or None, got {refine!r}")
+        if init not in ("zero", "xavier"):
+            raise ValueError(f"init must be 'zero' or 'xavier', got {init!r}")
+        self.in_channels = in_channels
+        self.refine_level = refine_level
+        self.refine: nn.Module
+        if refine == "non_local":
+            self.refine = NonLocal(in_channels, init=init)
+        elif refine == "conv":
+            self.refine = ConvRefine(in_channels, init=init)
+        else:
+            self.refine = nn.Identity()
+
+    def forward(self, features: Features) -> Features:
+        if not isinstance(features, list | tuple | Mapping):
+            raise TypeError(f"features must be a list, tuple or dict of tensors, got {type(features).__name__}")
+        levels = list(features.values()) if isinstance(features, Mapping) else list(features)
+        self._check(levels)
+        size = levels[self.refine_level].shape[-2:]
+        balanced = sum(self._resize(level, i, self.refine_level, size) for i, level in enumerate(levels)) / len(levels)
+        refined = self.refine(balanced)
+        levels = [
+            level + self._resize(refined, self.refine_level, i, level.shape[-2:]) for i, level in enumerate(levels)
+        ]
+        rebuild: Callable = type(features)
+        return rebuild(zip(features, levels, strict=True) if isinstance(features, Mapping) else levels)
+
+    @staticmethod
+    def _resize(x: Tensor, level: int, to_level: int, size: Size) -> Tensor:
+        if level < to_level:
+            return F.adaptive_max_pool2d(x, list(size))
+        if level > to_level:
+            return F.interpolate(x, list(size), mode="nearest")
+        return x
+
+    def _check(self, levels: list[Tensor]) -> None:
+        if len(levels) < 2:
+            raise ValueError(f"features must hold two maps or more, got {len(levels)}")
+        if self.refine_level >= len(levels):
+            raise ValueError(f"refine_level={self.refine_level} needs more maps than the {len(levels)} in features")
+        for i, level in enumerate(levels):
+            if level.dim() != 4 or level.shape[1] != self.in_channels or level.shape[0] != levels[0].shape[0]:
+                raise ValueError(
+                    f"features must be maps of shape [{levels[0].shape[0]}, {self.in_channels}, H, W], "
+                    f"got {list(level.shape)} at level {i}"
+                )
+
+    def extra_repr(self) -> str:
+        return f"in_channels={self.in_channels}, refine_level={self.refine_level}"
+
+
+class NonLocal(nn.Module):
+    r"""Embedded-Gaussian non-local block: :math:`x + W_o \, \text{softmax}(\theta(x)^\top \phi(x)) \, g(x)`.
+
+    The logits are not scaled, as in the paper's code. The softmax runs over all H x W positions; their
+    :math:`(HW)^2` matrix is never held.
+
+    Args:
+        channels (int): channels of the map, and of the embeddings.
+        init (str): ``"zero"``: the embeddings start normal with standard deviation 0.01 and the output convolution
+            at 0, so that the block is the identity; ``"xavier"``: all start from Xavier's uniform distribution.
+
+    Reference:
+        Xiaolong Wang, Ross Girshick, Abhinav Gupta, Kaiming He: Non-local Neural Networks.
+        https://arxiv.org/abs/1711.07971
+    """
+
+    def __init__(self, channels: int, *, init: str = "zero") -> None:
+        super().__init__()
+        self.theta = nn.Conv2d(channels, channels, 1)
+        self.phi = nn.Conv2d(channels, channels, 1)
+        self.g = nn.Conv2d(channels, channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        for conv in (self.theta, self.phi, self.g, self.out):
+            if init == "xavier":
+                nn.init.xavier_uniform_(conv.weight)
+            else:
+                nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.get_parameter("bias"))
+        if init == "zero":
+            nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Contiguous in the channels: with a transposed view the attention silently holds the full matrix.
+        query, key, value = (
+            conv(x).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()  # [N, 1, HW, C]
+            for conv in (self.theta, self.phi, self.g)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        return x + self.out(mixed.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class ConvRefine(nn.Module):
+    """ReLU of a 3 x 3 convolution, without a residual."""
+
+    def __init__(self, channels: int, *, init: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        if init == "xavier":
+            nn.init.xavier_uniform_(self.conv.weight)
+        else:
+            nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.conv.get_parameter("bias"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).relu()

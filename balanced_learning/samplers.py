@@ -1,0 +1,225 @@
+"""IoU-balanced negatives and instance-balanced positives.
+
+The functions draw from a boolean mask over the boxes of one image and return such a mask;
+:class:`IoUBalancedSampler` holds the settings and goes over the images of a batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class IoUBalancedSampler:
+    """Chooses the boxes that an image contributes to the training loss, section 3.1 of Libra R-CNN.
+
+    **Negatives** (equations 1 and 2): the interval ``[floor_iou, max_iou]`` is cut into K = ``num_bins`` equal bins. Of
+    the N negatives wanted, ``floor(N / K)`` are drawn from each bin, uniformly: a candidate of bin k is drawn with
+    probability ``N / K / M_k``. What is short, because a bin holds too few or N is no multiple of K, is drawn uniformly
+    from the candidates not yet taken. IoU 0 belongs to the first bin; the last one is closed and also holds
+    what lies above ``max_iou``.
+
+    **Positives**: every ground truth contributes the same number, as far as it has that many.
+
+    Settings cannot be changed by a call or by assignment; use :func:`dataclasses.replace`. All randomness comes from
+    torch's generator of the device the tensors are on, so :func:`torch.manual_seed` fixes the draw.
+
+    Args:
+        batch_size_per_image (int): boxes to choose in an image.
+        positive_fraction (float): the share of them, rounded down, that positives may take. In [0, 1].
+        num_bins (int): K.
+        max_iou (float, optional): where the last bin ends: the IoU below which a candidate is a negative. ``None``: the
+            largest IoU of all candidates of the image, positives included, which is what mmdetection does; with a
+            ground truth among the candidates that is 1, so bins are empty and two bins are random sampling.
+        floor_iou (float): where the first bin begins. Candidates below it are in no bin.
+        floor_fraction (float): with ``floor_iou > 0``, the share of N, rounded to the nearest number, that is drawn
+            from below it; the bins share the rest. In [0, 1].
+        instance_balanced (bool): whether positives are shared equally by the ground truths (with at least one for each,
+            if the quota allows) or drawn uniformly.
+        max_negatives_per_positive (float, optional): at most this many negatives for each positive chosen (and for one
+            where there is none). The image may then contribute fewer boxes. mmdetection calls it ``neg_pos_ub``.
+
+    Example:
+        >>> sampler = IoUBalancedSampler(batch_size_per_image=4, positive_fraction=0.5)
+        >>> labels = torch.tensor([0, 0, 0, 0, 7, 0, -1])
+        >>> ious = torch.tensor([0.0, 0.0, 0.2, 0.4, 0.9, 0.0, 0.5])
+        >>> positive_masks, negative_masks = sampler([labels], [ious], [torch.zeros(7, dtype=torch.int64)])
+        >>> positive_masks[0].nonzero().flatten()
+        tensor([4])
+        >>> negative_masks[0][2:4]  # one from each of the three bins
+        tensor([True, True])
+    """
+
+    batch_size_per_image: int = 512
+    positive_fraction: float = 0.25
+    _: KW_ONLY
+    num_bins: int = 3
+    max_iou: float | None = 0.5
+    floor_iou: float = 0.0
+    floor_fraction: float = 0.0
+    instance_balanced: bool = True
+    max_negatives_per_positive: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("batch_size_per_image", 0), ("num_bins", 1)):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= lowest):
+                raise ValueError(f"{name} must be a whole number of at least {lowest}, got {value!r}")
+        for name in ("positive_fraction", "floor_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if not 0 <= self.floor_iou < 1:
+            raise ValueError(f"floor_iou must be in [0, 1), got {self.floor_iou}")
+        if self.max_iou is not None and not self.floor_iou < self.max_iou <= 1:
+            raise ValueError(f"max_iou must be above floor_iou={self.floor_iou} and at most 1, got {self.max_iou}")
+        if self.max_negatives_per_positive is not None and not self.max_negatives_per_positive >= 0:
+            raise ValueError(f"max_negatives_per_positive must be at least 0, got {self.max_negatives_per_positive}")
+
+    def __call__(
+        self, labels: Sequence[Tensor], ious: Sequence[Tensor], matched_idxs: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Draws the boxes of each image of a batch.
+
+        Args:
+            labels (list[Tensor[M]]): one int64 tensor an image: -1 = ignored, 0 = negative, > 0 = positive.
+            ious (list[Tensor[M]]): IoU of each box with the ground truth it was matched to.
+            matched_idxs (list[Tensor[M]]): int64, index of that ground truth. Used for positives only.
+
+        Returns:
+            tuple[list[Tensor[M]], list[Tensor[M]]]: bool masks of the positives and of the negatives chosen. Exactly
+            as many as wanted, or all candidates where there are fewer.
+
+        Raises:
+            TypeError: for a tensor of a wrong type.
+            ValueError: for lists of different length, tensors of different shape, or a NaN among the IoUs.
+        """
+        _check_batch(labels, ious, matched_idxs)
+        drawn = [self._draw(*image) for image in zip(labels, ious, matched_idxs, strict=True)]
+        return [positives for positives, _ in drawn], [negatives for _, negatives in drawn]
+
+    def _draw(self, labels: Tensor, ious: Tensor, matched_idxs: Tensor) -> tuple[Tensor, Tensor]:
+        num_positives = int(self.batch_size_per_image * self.positive_fraction)
+        if self.instance_balanced:
+            positives = draw_shared(labels > 0, matched_idxs, num_positives)
+        else:
+            positives = draw_uniform(labels > 0, num_positives)
+
+        num_positives = int(positives.sum())
+        num_negatives = self.batch_size_per_image - num_positives
+        if self.max_negatives_per_positive is not None:
+            num_negatives = min(num_negatives, int(self.max_negatives_per_positive * max(1, num_positives)))
+        return positives, self._draw_negatives(labels == 0, ious, num_negatives)
+
+    def _draw_negatives(self, candidates: Tensor, ious: Tensor, num: int) -> Tensor:
+        """Bins first, then a uniform fill. [M], [M] -> [M]"""
+        floor = self.floor_iou
+        ceiling = largest(ious) if self.max_iou is None else self.max_iou
+        num_below = round(num * self.floor_fraction) if floor > 0 else 0
+        quota = (num - num_below) // self.num_bins
+
+        chosen = draw_uniform(candidates & (ious < floor), num_below)
+        bins = iou_bins(ious, floor, ceiling, self.num_bins)
+        for k in range(self.num_bins):
+            chosen |= draw_uniform(candidates & (bins == k), quota)
+        return chosen | draw_uniform(candidates & ~chosen, num - int(chosen.sum()))
+
+
+def iou_bins(ious: Tensor, floor: float, ceiling: float | Tensor, num_bins: int) -> Tensor:
+    """The bin of each IoU: ``[floor, ceiling]`` in ``num_bins`` equal parts, closed below, the last one open above.
+
+    Args:
+        ious (Tensor[M]): any floating-point type.
+        floor (float): where bin 0 begins; -1 is returned for what lies below.
+        ceiling (float or Tensor[]): where the last bin would end. What lies above is in it too.
+        num_bins (int): number of bins.
+
+    Returns:
+        Tensor[M]: int64, -1 to ``num_bins - 1``.
+    """
+    edges = [floor + (ceiling - floor) * k / num_bins for k in range(num_bins)]
+    return sum((ious >= edge for edge in edges), start=torch.full_like(ious, -1, dtype=torch.int64))
+
+
+def largest(ious: Tensor) -> Tensor:
+    """The largest of the IoUs, 0 if there are none. [M] -> []"""
+    return torch.cat([ious, ious.new_zeros(1)]).amax()
+
+
+def draw_uniform(candidates: Tensor, num: int) -> Tensor:
+    """Draws ``num`` of the candidates (all, if there are fewer) without replacement, each equally likely.
+
+    Args:
+        candidates (Tensor[M]): bool.
+        num (int): how many.
+
+    Returns:
+        Tensor[M]: bool, those drawn.
+    """
+    return _mask_of(_shuffled(candidates)[:num], candidates)
+
+
+def draw_shared(candidates: Tensor, groups: Tensor, num: int) -> Tensor:
+    """Draws ``num`` of the candidates (all, if there are fewer) so that the groups share them equally.
+
+    The groups take turns, one random candidate a turn, until none is left; the last, incomplete turn goes to random
+    groups. So each group gets its share or all it has, and at least one if ``num`` allows.
+
+    Args:
+        candidates (Tensor[M]): bool.
+        groups (Tensor[M]): int64, the group of each candidate.
+        num (int): how many.
+
+    Returns:
+        Tensor[M]: bool, those drawn.
+    """
+    indices = _shuffled(candidates)
+    by_turn = _position_in_group(groups[indices]).argsort(stable=True)
+    return _mask_of(indices[by_turn[:num]], candidates)
+
+
+def _shuffled(candidates: Tensor) -> Tensor:
+    """The indices of the candidates in random order."""
+    indices = candidates.nonzero().flatten()
+    return indices[torch.randperm(indices.numel(), device=indices.device)]
+
+
+def _mask_of(indices: Tensor, candidates: Tensor) -> Tensor:
+    mask = torch.zeros_like(candidates)
+    mask[indices] = True
+    return mask
+
+
+def _position_in_group(groups: Tensor) -> Tensor:
+    """How many earlier elements are of the same group: [7, 3, 7, 7, 3] -> [0, 0, 1, 2, 1]."""
+    sorted_groups, order = groups.sort(stable=True)
+    first = torch.searchsorted(sorted_groups, sorted_groups)
+    position = torch.empty_like(order)
+    position[order] = torch.arange(order.numel(), device=order.device) - first
+    return position
+
+
+def _check_batch(labels: Sequence[Tensor], ious: Sequence[Tensor], matched_idxs: Sequence[Tensor]) -> None:
+    lists = {"labels": labels, "ious": ious, "matched_idxs": matched_idxs}
+    for name, tensors in lists.items():
+        if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+            raise TypeError(f"{name} must be a list with one tensor an image, got {type(tensors).__name__}")
+        if len(tensors) != len(labels):
+            raise ValueError(f"{name} must have one tensor for each of the {len(labels)} images, got {len(tensors)}")
+        for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}[{i}] must be a tensor, got {type(tensor).__name__}")
+            if tensor.dim() != 1 or tensor.shape != labels[i].shape:
+                raise ValueError(
+                    f"{name}[{i}] must have the shape [M] of labels[{i}], {list(labels[i].shape)}, "
+                    f"got {list(tensor.shape)}"
+                )
+            if tensor.device != labels[i].device:
+                raise ValueError(f"{name}[{i}] must be on the device of labels[{i}], got {tensor.device}")
+            if name == "ious" and not tensor.is_floating_point():
+                raise TypeError(f"{name}[{i}] must be of a floating-point type, got {tensor.dtype}")
+            if name != "ious" and tensor.dtype != torch.int64:
+                raise TypeError(f"{name}[{i}] must be int64, got {tensor.dtype}")
+            if name == "ious" and tensor.isnan().any():
+                raise ValueError(f"{name}[{i}] has a NaN at index {int(tensor.isnan().nonzero()[0])}")
