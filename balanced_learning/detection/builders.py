@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torchvision.models import ResNet50_Weights, WeightsEnum, get_model, list_models, resnet
+from torchvision import models
+from torchvision.models import ResNet50_Weights, WeightsEnum, get_model, list_models
 from torchvision.models.detection import (
     FasterRCNN,
     FasterRCNN_ResNet50_FPN_Weights,
@@ -154,7 +155,7 @@ def _backbone(
     name: str, weights: WeightsEnum | str | None, progress: bool, trainable_layers: int | None, finest_level: int
 ) -> BackboneWithFPN:
     """The backbone of torchvision's ``*_resnet50_fpn`` builders, for any ResNet: P2 to P6, or P3 to P7."""
-    known = list_models(module=resnet)
+    known = list_models(module=models, include=["resnet*", "resnext*", "wide_resnet*"])
     if name not in known:
         raise ValueError(f"backbone_name must be one of {', '.join(known)}; got {name!r}")
     if trainable_layers is None:

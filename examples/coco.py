@@ -1,0 +1,172 @@
+"""Reads data in COCO layout and finds its faults before training does.
+
+data/annotations/instances_train2017.json    data/train2017/*.jpg
+data/annotations/instances_val2017.json      data/val2017/*.jpg
+"""
+
+import json
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from errors import UserError
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One half of a data set, checked.
+
+    Attributes:
+        json_file: where it was read from.
+        image_dir: the folder of its images.
+        images: entries with ``id``, ``file_name``, ``width`` and ``height``.
+        annotations: by image id, entries with ``bbox`` (x, y, width, height in pixels), ``category_id``, ``iscrowd``
+            and ``area``; crowds and boxes without area are among them.
+        categories: name by id.
+    """
+
+    json_file: Path
+    image_dir: Path
+    images: list[Entry]
+    annotations: dict[int, list[Entry]]
+    categories: dict[int, str]
+
+    def boxes(self, image: Entry) -> list[Entry]:
+        """The annotations of an image that can be learned: no crowds, and some area inside the image."""
+        return [a for a in self.annotations[image["id"]] if not a["iscrowd"] and _area_inside(a["bbox"], image) > 0]
+
+    def first(self, count: int) -> "Split":
+        """The same split with its first images alone."""
+        images = self.images[:count]
+        annotations = {image["id"]: self.annotations[image["id"]] for image in images}
+        return Split(self.json_file, self.image_dir, images, annotations, self.categories)
+
+
+def read_split(root: Path, name: str, *, limit: int | None = None) -> Split:
+    """Reads and checks ``train2017`` or ``val2017`` of the data in ``root``.
+
+    Raises:
+        UserError: for whatever makes training or evaluation impossible. Boxes without area are only told of.
+    """
+    for folder in (root, root / "annotations", root / name):
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder}: no such folder; --data-path needs annotations/instances_{name}.json and {name}/ in it"
+            )
+    json_file = root / "annotations" / f"instances_{name}.json"
+    content = _load(json_file)
+    categories = {}
+    for category in _entries(content, "categories", json_file, {"id": int, "name": str}):
+        if category["id"] in categories:
+            raise UserError(f"{json_file}: category {category['id']}: the id is used twice")
+        categories[category["id"]] = category["name"]
+    if not categories:
+        raise UserError(f"{json_file}: 'categories' is empty")
+
+    images = _entries(content, "images", json_file, {"id": int, "file_name": str})
+    annotations: dict[int, list[Entry]] = {}
+    for image in images:
+        if image["id"] in annotations:
+            raise UserError(f"{json_file}: image {image['id']}: the id is used twice")
+        annotations[image["id"]] = []
+    if not images:
+        raise UserError(f"{json_file}: 'images' is empty")
+
+    for annotation in _entries(content, "annotations", json_file, {"image_id": int, "category_id": int, "bbox": list}):
+        where = f"{json_file}: annotation {annotation.get('id', '(without id)')}"
+        if annotation["image_id"] not in annotations:
+            raise UserError(f"{where}: image_id {annotation['image_id']} is not among 'images'")
+        if annotation["category_id"] not in categories:
+            raise UserError(f"{where}: category_id {annotation['category_id']} is not among 'categories'")
+        box = annotation["bbox"]
+        if len(box) != 4 or not all(isinstance(x, int | float) and math.isfinite(x) for x in box):
+            raise UserError(f"{where}: bbox must be four finite numbers [x, y, width, height], got {box}")
+        area = annotation.get("area", box[2] * box[3])
+        annotations[annotation["image_id"]].append(
+            {**annotation, "iscrowd": annotation.get("iscrowd", 0), "area": area}
+        )
+
+    split = Split(json_file, root / name, images, annotations, categories)
+    split = split if limit is None else split.first(limit)
+    _check_images(split)
+    _tell_empty_boxes(split)
+    return split
+
+
+def load_image(path: Path) -> Image.Image:
+    """The image as RGB, whatever it is stored as."""
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{path}: unreadable image ({error})") from None
+
+
+def _load(json_file: Path) -> Entry:
+    try:
+        content = json.loads(json_file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{json_file}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{json_file}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{json_file}: not a COCO file, which is an object with 'images', 'annotations', 'categories'")
+    return content
+
+
+def _entries(content: Entry, key: str, json_file: Path, needs: dict[str, type]) -> list[Entry]:
+    entries = content.get(key)
+    if not isinstance(entries, list):
+        raise UserError(f"{json_file}: not a COCO file: it has no list '{key}'")
+    for i, entry in enumerate(entries):
+        for name, kind in needs.items():
+            value = entry.get(name) if isinstance(entry, dict) else None
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise UserError(f"{json_file}: {key}[{i}]: '{name}' must be a {kind.__name__}, got {value!r}")
+    return entries
+
+
+def _check_images(split: Split) -> None:
+    """Opens every file, without decoding it, and compares its size with the JSON, whose boxes depend on it."""
+
+    def check(image: Entry) -> str | None:
+        path = split.image_dir / image["file_name"]
+        where = f"{split.json_file}: image {image['id']}: {path}"
+        try:
+            with Image.open(path) as file:
+                size = file.size
+        except FileNotFoundError:
+            return f"{where} is missing"
+        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            return f"{where} is unreadable ({error})"
+        stated = (image.setdefault("width", size[0]), image.setdefault("height", size[1]))
+        return None if stated == size else f"{where} is {size[0]} x {size[1]}, not {stated[0]} x {stated[1]}"
+
+    with ThreadPoolExecutor() as pool:
+        faults = [fault for fault in pool.map(check, split.images) if fault]
+    if faults:
+        more = f" (and {len(faults) - 1} more like it)" if len(faults) > 1 else ""
+        raise UserError(faults[0] + more)
+
+
+def _tell_empty_boxes(split: Split) -> None:
+    empty = [a for i in split.images for a in split.annotations[i["id"]] if _area_inside(a["bbox"], i) <= 0]
+    if empty:
+        print(
+            f"warning: {split.json_file}: {len(empty)} boxes have no area inside their image and are not trained on; "
+            f"the first is annotation {empty[0].get('id')}, bbox {empty[0]['bbox']}",
+            file=sys.stderr,
+        )
+
+
+def _area_inside(box: list[float], image: Entry) -> float:
+    x, y, width, height = box
+    inside_x = min(x + width, image["width"]) - max(x, 0)
+    inside_y = min(y + height, image["height"]) - max(y, 0)
+    return max(inside_x, 0) * max(inside_y, 0)

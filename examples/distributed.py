@@ -1,0 +1,59 @@
+"""One process, or several started by torchrun, seen alike."""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start(device: str, dist_url: str) -> torch.device:
+    """Joins the other processes, if there are any, and returns the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if device == "cuda":
+            torch.cuda.set_device(local_rank)
+            device = f"cuda:{local_rank}"
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, init_method=dist_url)
+    return torch.device(device)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def mean_over_processes(values: dict[str, Tensor]) -> dict[str, float]:
+    """The mean of each scalar over the processes, which must hold the same names."""
+    stacked = torch.stack([value.float() for value in values.values()])
+    if dist.is_initialized():
+        dist.all_reduce(stacked)
+    return dict(zip(values, (stacked / world_size()).tolist(), strict=True))
+
+
+def union_over_processes(values: dict[Any, Any]) -> dict[Any, Any]:
+    """One dict with the entries of all processes, on every process; an entry that several hold counts once."""
+    if not dist.is_initialized():
+        return values
+    gathered: list[dict] = [{}] * world_size()
+    dist.all_gather_object(gathered, values)
+    return {key: value for part in gathered for key, value in part.items()}

@@ -1,0 +1,180 @@
+import math
+
+import pytest
+import torch
+import torchvision.ops
+from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
+
+from balanced_learning import IoUBalancedSampler
+from balanced_learning.detection import apply_libra
+from balanced_learning.detection.retinanet import LibraRetinaNetRegressionHead
+from balanced_learning.detection.roi_heads import LibraRoIHeads
+from balanced_learning.detection.rpn import LibraRPN
+
+# An object, a box around its upper four fifths, one of half its size, and two elsewhere.
+OBJECT, UPPER, HALF = [0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 8.0], [0.0, 0.0, 10.0, 4.9]
+AWAY, FAR_AWAY = [20.0, 20.0, 30.0, 30.0], [40.0, 40.0, 45.0, 50.0]
+CENTER_SHIFT, LOG_HEIGHT = 1 / 8, math.log(10 / 8)  # of OBJECT, seen from UPPER
+PREDICTION = 0.5  # for each coordinate of each box
+UPPER_LOSS = 2 * PREDICTION + (PREDICTION - CENTER_SHIFT) + (PREDICTION - LOG_HEIGHT)  # absolute errors
+ROI_UPPER_LOSS = (
+    2 * PREDICTION + (10 * CENTER_SHIFT - PREDICTION) + (5 * LOG_HEIGHT - PREDICTION)
+)  # weights 10, 10, 5, 5
+
+REDUCTIONS = ["none", "mean", "sum"]
+
+
+class Constant(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, *_):
+        return self.value
+
+
+class Spy:
+    """A sampler that remembers what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, labels, ious, matched_idxs):
+        self.asked += zip(labels, ious, matched_idxs, strict=True)
+        return IoUBalancedSampler(64)(labels, ious, matched_idxs)
+
+
+def ground_truth(*boxes: list[float], label: int = 1) -> dict[str, Tensor]:
+    return {"boxes": torch.tensor(boxes).reshape(-1, 4), "labels": torch.full((len(boxes),), label)}
+
+
+def random_boxes(count: int) -> Tensor:
+    corners = 80 * torch.rand(count, 2)
+    return torch.cat([corners, corners + 5 + 60 * torch.rand(count, 2)], dim=1)
+
+
+def roi_heads(cls: type[RoIHeads] = LibraRoIHeads, outputs: tuple[Tensor, Tensor] | None = None) -> RoIHeads:
+    """The second stage with torchvision's settings, and fixed class logits and box deltas for outputs."""
+    return cls(
+        box_roi_pool=Constant(None),
+        box_head=Constant(None),
+        box_predictor=Constant(outputs),
+        fg_iou_thresh=0.5,
+        bg_iou_thresh=0.5,
+        batch_size_per_image=512,
+        positive_fraction=0.25,
+        bbox_reg_weights=None,
+        score_thresh=0.05,
+        nms_thresh=0.5,
+        detections_per_img=100,
+    )
+
+
+def rpn(cls: type[RegionProposalNetwork] = LibraRPN) -> RegionProposalNetwork:
+    top_n = {"training": 100, "testing": 100}
+    return cls(nn.Identity(), nn.Identity(), 0.7, 0.3, 256, 0.5, top_n, top_n, 0.7)
+
+
+def assert_same_step(model: nn.Module, stock: nn.Module, targets, train_step) -> None:
+    torch.testing.assert_close(train_step(model, targets), train_step(stock, targets), rtol=0, atol=0)
+
+
+def test_stages_with_torchvision_s_settings_are_torchvision_bit_by_bit(kind, build, targets, train_step):
+    loss = nn.L1Loss(reduction="sum") if kind == "retinanet" else nn.SmoothL1Loss(reduction="sum", beta=1 / 9)
+    model = apply_libra(build(kind), sampler=False, pyramid=False, box_loss=loss)
+    assert any(isinstance(module, LibraRoIHeads | LibraRetinaNetRegressionHead) for module in model.modules())
+    assert_same_step(model, build(kind), targets, train_step)
+
+
+def test_rpn_with_torchvision_s_settings_is_torchvision_bit_by_bit(build, targets, train_step):
+    model = apply_libra(build("fasterrcnn"), sampler=False, pyramid=False, box_loss=False, rpn=True)
+    assert isinstance(model.rpn, LibraRPN)
+    assert_same_step(model, build("fasterrcnn"), targets, train_step)
+
+
+def test_roi_heads_match_as_torchvision_and_hand_the_ious_to_the_sampler():
+    proposals = [random_boxes(300), random_boxes(200), random_boxes(100)]
+    targets = [ground_truth(*random_boxes(count).tolist(), label=3) for count in (5, 1, 0)]
+    boxes = [torch.cat([p, t["boxes"]]) for p, t in zip(proposals, targets, strict=True)]
+    stock, libra = roi_heads(RoIHeads), roi_heads()
+    libra.fg_bg_sampler = Spy()
+    libra.select_training_samples(proposals, targets)
+
+    expected = stock.assign_targets_to_proposals(boxes, *([t[key] for t in targets] for key in ("boxes", "labels")))
+    for i, (labels, ious, matched_idxs) in enumerate(libra.fg_bg_sampler.asked):
+        assert torch.equal(matched_idxs, expected[0][i])
+        assert torch.equal(labels, expected[1][i])
+        count = len(targets[i]["boxes"])
+        best = torchvision.ops.box_iou(boxes[i], targets[i]["boxes"]).amax(dim=1) if count else torch.zeros(100)
+        assert torch.equal(ious, best)
+        assert (ious[len(proposals[i]) :] == 1).all()  # the ground truths, which are among the candidates
+
+
+def test_rpn_matches_as_torchvision_and_hands_the_ious_to_the_sampler():
+    anchors = [random_boxes(400) for _ in range(3)]
+    targets = [ground_truth(*random_boxes(count).tolist()) for count in (8, 1, 0)]
+    stock, libra = rpn(RegionProposalNetwork), rpn()
+    libra.fg_bg_sampler, libra.box_loss = Spy(), nn.L1Loss()
+    matches, matched_boxes = libra.assign_targets_to_anchors(anchors, targets)
+    libra.compute_loss(torch.zeros(1200, 1), torch.zeros(1200, 4), matches, [torch.zeros(400, 4)] * 3)
+
+    expected_labels, expected_boxes = stock.assign_targets_to_anchors(anchors, targets)
+    assert all(map(torch.equal, matched_boxes, expected_boxes))
+    low_quality = 0
+    for i, (labels, ious, _) in enumerate(libra.fg_bg_sampler.asked):
+        assert torch.equal(labels.float(), expected_labels[i])
+        count = len(targets[i]["boxes"])
+        best = torchvision.ops.box_iou(anchors[i], targets[i]["boxes"]).amax(dim=1) if count else torch.zeros(400)
+        assert torch.equal(ious, best)
+        low_quality += ((labels > 0) & (ious < 0.7)).sum()
+    assert low_quality > 0  # the best anchor of an object is positive whatever its IoU
+
+
+def test_iou_is_computed_once_for_each_image_and_stage(build, targets, train_step, monkeypatch):
+    model = apply_libra(build("fasterrcnn"), rpn=True)
+    shapes, original = [], torchvision.ops.boxes._box_inter_union
+    monkeypatch.setattr(
+        torchvision.ops.boxes, "_box_inter_union", lambda *args, **kwargs: shapes.append(0) or original(*args, **kwargs)
+    )
+    train_step(model, targets)
+    assert len(shapes) == 2 * sum(len(target["boxes"]) > 0 for target in targets)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_roi_box_loss_is_its_sum_over_all_boxes_sampled(reduction):
+    deltas = torch.full((6, 3, 4), 100.0)  # of 6 boxes for 3 classes
+    deltas[[0, 2], 2] = PREDICTION  # UPPER, and the ground truth itself, which comes last in its image
+    heads = roi_heads(outputs=(torch.zeros(6, 3), deltas.flatten(1)))
+    heads.fg_bg_sampler, heads.box_loss = IoUBalancedSampler(64), nn.L1Loss(reduction=reduction)
+    proposals = [torch.tensor([UPPER, AWAY]), torch.tensor([UPPER, AWAY, FAR_AWAY])]
+    _, losses = heads({}, proposals, [(50, 50)] * 2, [ground_truth(OBJECT, label=2), ground_truth()])
+    assert losses["loss_box_reg"].item() == pytest.approx((ROI_UPPER_LOSS + 4 * PREDICTION) / 6, rel=1e-6)
+    assert losses["loss_classifier"].item() == pytest.approx(math.log(3))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_rpn_box_loss_is_its_sum_over_all_anchors_sampled(reduction):
+    network = rpn()
+    network.fg_bg_sampler, network.box_loss = IoUBalancedSampler(64, max_iou=0.3), nn.L1Loss(reduction=reduction)
+    anchors = [torch.tensor([UPPER, HALF, AWAY]), torch.tensor([UPPER, AWAY, FAR_AWAY])]
+    matches, matched_boxes = network.assign_targets_to_anchors(anchors, [ground_truth(OBJECT), ground_truth()])
+    deltas = torch.full((6, 4), 100.0)
+    deltas[0] = PREDICTION
+    regression_targets = network.box_coder.encode(matched_boxes, anchors)
+    objectness, box_loss = network.compute_loss(torch.zeros(6, 1), deltas, matches, regression_targets)
+    assert box_loss.item() == pytest.approx(UPPER_LOSS / 5, rel=1e-6)  # HALF is ignored
+    assert objectness.item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_retinanet_box_loss_is_averaged_over_positives_then_images(reduction):
+    head = LibraRetinaNetRegressionHead(8, 1)
+    head.box_loss = nn.L1Loss(reduction=reduction)
+    anchors = [torch.tensor([UPPER, AWAY, OBJECT]), torch.tensor([UPPER, AWAY, FAR_AWAY])]
+    matched_idxs = [torch.tensor([0, -1, 0]), torch.tensor([-1, -2, -1])]
+    deltas = torch.full((2, 3, 4), 100.0)
+    deltas[0, [0, 2]] = PREDICTION
+    loss = head.compute_loss([ground_truth(OBJECT), ground_truth()], {"bbox_regression": deltas}, anchors, matched_idxs)
+    assert loss.item() == pytest.approx((UPPER_LOSS + 4 * PREDICTION) / 2 / 2, rel=1e-6)

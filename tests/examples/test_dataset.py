@@ -1,0 +1,103 @@
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+
+from coco import read_split
+from dataset import AspectRatioBatchSampler, DetectionDataset, augmentation
+from errors import UserError
+
+
+def sampler(ratios, batch_size, **options):
+    images = [{"width": 100 * ratio, "height": 100} for ratio in ratios]
+    return AspectRatioBatchSampler(images, batch_size, **{"group_factor": 3, "seed": 0, **options})
+
+
+RATIOS = [0.4, 0.75, 1.0, 1.33, 1.78, 2.5] * 9
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 100])
+def test_every_image_comes_once_an_epoch(batch_size):
+    batches = list(sampler(RATIOS, batch_size))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(RATIOS)))
+    assert len(batches) == len(sampler(RATIOS, batch_size))
+    assert sum(len(batch) < batch_size for batch in batches) <= 1
+
+
+def test_batches_hold_images_of_one_group_as_far_as_they_fill():
+    batches = list(sampler(RATIOS, 3))
+    assert all(len({RATIOS[i] for i in batch}) == 1 for batch in batches)
+    mixed = list(sampler(RATIOS, 3, group_factor=-1))
+    assert any(len({RATIOS[i] for i in batch}) > 1 for batch in mixed)
+
+
+def test_order_follows_from_seed_and_epoch():
+    one, other = sampler(RATIOS, 4), sampler(RATIOS, 4)
+    assert list(one) == list(other)
+    other.epoch = 1
+    assert list(one) != list(other)
+    one.epoch = 1
+    assert list(one) == list(other)
+    assert list(sampler(RATIOS, 4)) != list(sampler(RATIOS, 4, seed=1))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_processes_share_the_images_and_have_as_many_batches(world_size):
+    shares = [sampler(RATIOS, 4, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len({len(list(share)) for share in shares} | {len(share) for share in shares}) == 1
+    seen = Counter(i for share in shares for batch in share for i in batch)
+    assert set(seen) == set(range(len(RATIOS)))
+    assert sum(seen.values()) - len(RATIOS) < world_size
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK"])
+def test_every_kind_of_image_is_rgb_in_unit_range(coco_root, mode):
+    file = coco_root / "train2017" / "11.png"
+    Image.new("RGB", (64, 48), "white").convert(mode).save(file, format="TIFF" if mode == "CMYK" else "PNG")
+    image, _ = DetectionDataset(read_split(coco_root, "train2017"), {90: 1, 3: 2})[0]
+    assert (image.shape, image.dtype, image.max()) == ((3, 48, 64), torch.float32, 1)
+
+
+def test_targets_are_clamped_xyxy_boxes_with_mapped_labels(coco_root, edit):
+    edit(lambda content: content["annotations"][0].update(bbox=[-5, 40, 20, 30]))
+    _, target = DetectionDataset(read_split(coco_root, "train2017"), {90: 2, 3: 1})[0]
+    assert target["boxes"].tolist() == [[0, 40, 15, 48]]
+    assert target["labels"].tolist() == [2]
+    assert target["image_id"] == 11
+    assert type(target["boxes"]) is torch.Tensor
+
+
+def test_an_image_without_boxes_has_an_empty_target(coco_root, edit):
+    edit(lambda content: content.update(annotations=[]))
+    dataset = DetectionDataset(read_split(coco_root, "train2017"), {90: 1, 3: 2}, transforms=augmentation("hflip"))
+    _, target = dataset[0]
+    assert target["boxes"].shape == (0, 4)
+    assert target["labels"].shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["none", "hflip", "multiscale", "lsj", "ssd", "ssdlite"])
+def test_augmentation_keeps_boxes_inside_and_beside_their_labels(coco_root, name):
+    dataset = DetectionDataset(read_split(coco_root, "train2017"), {90: 1, 3: 2}, transforms=augmentation(name))
+    for _ in range(10):
+        image, target = dataset[0]
+        height, width = image.shape[-2:]
+        boxes = target["boxes"]
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
+        assert (boxes >= 0).all()
+        assert (boxes <= torch.tensor([width, height, width, height])).all()
+        assert len(target["labels"]) == len(boxes)
+
+
+def test_a_flip_mirrors_the_boxes(coco_root):
+    dataset = DetectionDataset(read_split(coco_root, "train2017"), {90: 1, 3: 2}, transforms=augmentation("hflip"))
+    seen = {tuple(dataset[0][1]["boxes"][0].tolist()) for _ in range(30)}
+    assert seen == {(4, 4, 34, 24), (30, 4, 60, 24)}
+
+
+def test_an_image_spoilt_since_the_check_is_named(coco_root):
+    dataset = DetectionDataset(read_split(coco_root, "train2017"), {90: 1, 3: 2})
+    file = coco_root / "train2017" / "11.png"
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(UserError, match=f"{file}: unreadable image"):
+        dataset[0]

@@ -1,0 +1,60 @@
+import json
+
+import pytest
+
+from coco import read_split
+from errors import UserError
+from shapes import CATEGORIES, shapes_dataset
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_draws_a_coco_data_set_of_many_sizes_that_overlap():
+    root = shapes_dataset(train=30, val=5)
+    split = read_split(root, "train2017")
+    assert len(split.images) == 30
+    assert split.categories == CATEGORIES
+    boxes = [box for image in split.images for box in split.boxes(image)]
+    assert {box["category_id"] for box in boxes} == set(CATEGORIES)
+    areas = sorted(box["area"] for box in boxes)
+    assert areas[-1] > 30 * areas[0]
+    overlaps = [
+        (a, b)
+        for image in split.images
+        for a in split.boxes(image)
+        for b in split.boxes(image)
+        if a["id"] < b["id"] and _intersect(a["bbox"], b["bbox"])
+    ]
+    assert len(overlaps) > 10
+    ids = {image["id"] for image in split.images}
+    assert not ids & {image["id"] for image in read_split(root, "val2017").images}
+
+
+def _intersect(a, b):
+    return all(max(a[i], b[i]) < min(a[i] + a[i + 2], b[i] + b[i + 2]) for i in (0, 1))
+
+
+def test_the_seed_decides_and_the_cache_spares_a_second_drawing(tmp_path, capsys, monkeypatch):
+    first = shapes_dataset(train=3, val=1)
+    assert "drawing" in capsys.readouterr().out
+    assert shapes_dataset(train=3, val=1) == first
+    assert "drawing" not in capsys.readouterr().out
+    assert _annotations(shapes_dataset(train=3, val=1, seed=1)) != _annotations(first)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    again = shapes_dataset(train=3, val=1)
+    assert _annotations(again) == _annotations(first)
+    assert (again / "train2017/000001.png").read_bytes() == (first / "train2017/000001.png").read_bytes()
+
+
+def _annotations(root):
+    return json.loads((root / "annotations/instances_train2017.json").read_text())
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
+        shapes_dataset(train=1, val=1)

@@ -1,0 +1,238 @@
+"""The whole script: run in this process where that is enough, for starting up costs more than training so little."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from urllib.error import URLError
+
+import pytest
+import torch
+
+import train_torchvision_libra
+from shapes import shapes_dataset
+
+SMALL = ["--small", "--min-size", "64", "--max-size", "96", "-j", "0", "-b", "2", "--epochs", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def train(capsys):
+    """Runs the script with these options and returns what it prints."""
+
+    def run(*options):
+        train_torchvision_libra.main([str(option) for option in options])
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def error(train):
+    """Runs the script, which must end with an error, and returns its one line."""
+
+    def run(*options):
+        with pytest.raises(SystemExit) as caught:
+            train(*options)
+        message = str(caught.value)
+        assert message.startswith("error: ")
+        assert "\n" not in message
+        return message
+
+    return run
+
+
+def rows(folder):
+    """The rows of metrics.jsonl without what depends on the clock."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+
+
+def test_without_data_it_draws_trains_evaluates_and_reports(tmp_path, monkeypatch, train):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(train_torchvision_libra, "shapes_dataset", partial(shapes_dataset, train=8, val=2))
+    out = tmp_path / "out"
+    assert "AP50" in train("--epochs", 2, "--output-dir", out)
+    assert {file.name for file in out.iterdir()} == {
+        "args.json",
+        "checkpoint.pth",
+        "metrics.jsonl",
+        "predictions_00.png",
+        "predictions_01.png",
+        "curves.png",
+    }
+    first, _ = rows(out)
+    losses = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+    assert losses | {"epoch", "loss", "lr", "AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"} <= set(first)
+    assert first["loss"] == pytest.approx(sum(first[name] for name in losses), rel=1e-5)
+    args = json.loads((out / "args.json").read_text())
+    assert args["versions"]["torch"] == torch.__version__
+    assert (args["seed"], args["epochs"]) == (0, 2)
+
+
+@pytest.mark.parametrize("model", ["libra_fasterrcnn", "libra_retinanet"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, coco_root, train, model):
+    options = ["--data-path", coco_root, *SMALL, "--model", model, "--lr", 0.01, "--lr-steps", 1]
+    train(*options, "--epochs", 2, "--output-dir", tmp_path / "whole")
+    train(*options, "--output-dir", tmp_path / "parts")
+    train(*options, "--epochs", 2, "--resume", tmp_path / "parts" / "checkpoint.pth")
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert [row["lr"] for row in rows(tmp_path / "whole")] == pytest.approx([0.001, 0.001])
+
+
+def test_test_only_repeats_the_evaluation(tmp_path, coco_root, train):
+    options = ["--data-path", coco_root, *SMALL, "--output-dir", tmp_path]
+    train(*options)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    train(*options, "--test-only", "--resume", tmp_path / "checkpoint.pth", "--coco-backend", "pycocotools")
+    tested = json.loads((tmp_path / "test.json").read_text())
+    assert tested.items() <= rows(tmp_path)[0].items()
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    assert (tmp_path / "predictions_test.png").exists()
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains(tmp_path, coco_root, train, amp):
+    train("--data-path", coco_root, *SMALL, "--amp", amp, "--output-dir", tmp_path)
+    assert math.isfinite(rows(tmp_path)[0]["loss"])
+
+
+def test_the_learning_rate_scales_with_the_batch_and_says_so(tmp_path, coco_root, train):
+    options = ["--data-path", coco_root, *SMALL]
+    scaled = train(*options, "--output-dir", tmp_path / "scaled")
+    assert "learning rate 0.0025: 0.02 for 16 images an iteration, scaled linearly to 2" in scaled
+    assert "learning rate 0.03, as given" in train(*options, "--lr", 0.03, "--output-dir", tmp_path / "given")
+
+
+def test_loader_processes_serve_the_same_every_time(tmp_path, coco_root, train):
+    for name in ("one", "two"):
+        train("--data-path", coco_root, *SMALL, "-j", 2, "--epochs", 2, "--output-dir", tmp_path / name)
+    assert rows(tmp_path / "one") == rows(tmp_path / "two")
+
+
+def test_two_processes_evaluate_an_odd_number_of_images_once_each(tmp_path, coco_root, train):
+    _add_images(coco_root, "train", 1)
+    _add_images(coco_root, "val", 2)
+    options = ["--data-path", coco_root, *SMALL, "-b", 1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    command = [*launch, train_torchvision_libra.__file__, *options, "--output-dir", tmp_path / "two"]
+    result = subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("AP50") == 1
+    saved = tmp_path / "two" / "checkpoint.pth"
+    train(*options, "--test-only", "--resume", saved, "--output-dir", tmp_path / "one")
+    alone = json.loads((tmp_path / "one" / "test.json").read_text())
+    assert alone.items() <= rows(tmp_path / "two")[0].items()
+
+
+def _add_images(root, split, count):
+    file = root / "annotations" / f"instances_{split}2017.json"
+    content = json.loads(file.read_text())
+    for image_id in range(31, 31 + count):
+        source = root / f"{split}2017" / content["images"][0]["file_name"]
+        source.with_name(f"{image_id}.png").write_bytes(source.read_bytes())
+        content["images"].append({"id": image_id, "file_name": f"{image_id}.png"})
+        content["annotations"].append({**content["annotations"][0], "id": image_id, "image_id": image_id})
+    file.write_text(json.dumps(content))
+
+
+def test_images_without_boxes_are_trained_on_if_kept(tmp_path, coco_root, edit, train, error):
+    edit(lambda content: content.update(annotations=[]))
+    options = ["--data-path", coco_root, *SMALL, "--output-dir", tmp_path]
+    assert "no image has a box" in error(*options)
+    train(*options, "--keep-empty")
+    assert rows(tmp_path)[0]["loss_box_reg"] == 0
+
+
+def test_with_all_parts_off_the_model_is_torchvisions(tmp_path, coco_root, train):
+    off = ["--no-sampler", "--no-pyramid", "--no-box-loss"]
+    train("--data-path", coco_root, *SMALL, *off, "--output-dir", tmp_path)
+    assert not any("bfp" in name for name in torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"])
+
+
+def test_a_download_that_cannot_be_had_names_its_flag(tmp_path, coco_root, error, monkeypatch):
+    def refuse(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    options = ["--data-path", coco_root, "--device", "cpu", "--output-dir", tmp_path]
+    message = error(*options, "--backbone", "resnet18")
+    assert "--weights-backbone IMAGENET1K_V1: the weights could not be downloaded" in message
+    assert "--weights-backbone none" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data-path", "/nowhere"], "/nowhere: no such folder"),
+        (["--output-dir", "/dev/null/out"], "--output-dir /dev/null/out: cannot be written"),
+        (["--resume", "missing.pth"], "--resume missing.pth: no such file"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--weights", "DEFAULT"], "--weights DEFAULT: .*resnet50"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, coco_root, error, options, message):
+    assert re.search(message, error("--data-path", coco_root, "--output-dir", tmp_path, *SMALL, *options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--backbone", "vgg16", "--weights-backbone", "none"], "--backbone vgg16: .*resnet50"),
+        (["--weights-backbone", "IMAGENET22K"], "--weights-backbone IMAGENET22K: torchvision has no such weights"),
+    ],
+)
+def test_a_model_that_torchvision_does_not_have_is_named(tmp_path, coco_root, error, options, message):
+    assert re.search(message, error("--data-path", coco_root, "--device", "cpu", "--output-dir", tmp_path, *options))
+
+
+def test_a_checkpoint_is_never_lost(tmp_path, coco_root, train, error, monkeypatch):
+    options = ["--data-path", coco_root, *SMALL, "--output-dir", tmp_path]
+    train(*options)
+    file = tmp_path / "checkpoint.pth"
+    saved = file.read_bytes()
+    assert f"--resume {file}" in error(*options)
+    assert "model is libra_fasterrcnn there" in error(*options, "--resume", file, "--model", "libra_retinanet")
+    assert "pyramid is True there and False here" in error(*options, "--resume", file, "--no-pyramid")
+
+    def explode(parameters, _):
+        for parameter in parameters:
+            parameter.grad.fill_(math.inf)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", explode)
+    assert "diverged: weights not finite" in error(*options, "--resume", file, "--epochs", 2)
+    assert file.read_bytes() == saved
+
+
+def test_categories_of_both_halves_must_agree(tmp_path, coco_root, edit, error):
+    edit(lambda content: content["categories"][1].update(name="cart"))
+    assert "other categories" in error("--data-path", coco_root, *SMALL, "--output-dir", tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path, coco_root, error, workers):
+    file = coco_root / "train2017" / "11.png"
+    file.write_bytes(file.read_bytes()[:60])  # its header is whole, so the check before training passes
+    message = error("--data-path", coco_root, *SMALL, "-j", workers, "--output-dir", tmp_path)
+    assert f"{file}: unreadable image" in message
+
+
+@pytest.mark.parametrize("model", ["libra_fasterrcnn", "libra_retinanet"])
+def test_real_coco_images_at_full_size(tmp_path, real_data, train, model):
+    """Crowds, grey-scale images and 800 x 1333 pixels, through training, evaluation and a resume."""
+    options = ["--data-path", real_data("coco_tiny"), "--model", model, "--backbone", "resnet18", "--limit", 4]
+    options += ["--weights-backbone", "none", "-j", 0, "--device", "cpu", "--output-dir", tmp_path]
+    options += ["--rpn"] if model == "libra_fasterrcnn" else []
+    assert "AP50" in train(*options, "--epochs", 1)
+    train(*options, "--epochs", 2, "--resume", tmp_path / "checkpoint.pth")
+    assert [row["epoch"] for row in rows(tmp_path)] == [0, 1]
+    assert all(math.isfinite(row["loss"]) for row in rows(tmp_path))

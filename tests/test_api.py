@@ -1,0 +1,47 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import balanced_learning
+from balanced_learning import detection
+
+
+def test_public_names():
+    assert balanced_learning.__all__ == [
+        "BalancedFeaturePyramid",
+        "BalancedL1Loss",
+        "IoUBalancedSampler",
+        "backend_info",
+        "balanced_l1_loss",
+    ]
+    assert detection.__all__ == [
+        "apply_libra",
+        "libra_fasterrcnn",
+        "libra_fasterrcnn_resnet50_fpn",
+        "libra_retinanet",
+        "libra_retinanet_resnet50_fpn",
+    ]
+    for module in (balanced_learning, detection):
+        assert all(getattr(module, name).__doc__ for name in module.__all__)
+
+
+def test_import_needs_no_torchvision():
+    code = "import sys; sys.modules['torchvision'] = None; import balanced_learning"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_only_detection_names_torchvision():
+    package = Path(balanced_learning.__file__).parent
+    naming = [path.relative_to(package) for path in package.rglob("*.py") if "torchvision" in path.read_text()]
+    assert naming
+    assert {path.parts[0] for path in naming} == {"detection"}
+
+
+def test_backend_info_is_fit_for_a_bug_report():
+    info = balanced_learning.backend_info()
+    assert all(isinstance(word, str) and word for item in info.items() for word in item)
+    assert info["torch"] == torch.__version__
+    assert info["python"] == sys.version.split()[0]
+    assert {"balanced_learning", "cuda", "gpu", "balanced_l1_loss"} < info.keys()
