@@ -1,10 +1,10 @@
-"""What the training script reaches on a CPU: on the shapes it draws over several seeds, and on real images if there are.
+"""What the training script reaches on a CPU, over several seeds: on the shapes it draws, and on real images.
 
     python benchmarks/training.py shapes
     python benchmarks/training.py bccd --data-path data/bccd
 
 Writes benchmarks/results/training_<case>.json with the last row of each run's metrics, the seconds it took, and the
-device, versions and commit it ran with.
+device, versions and commit it ran with, and prints the table that the README has of it.
 """
 
 import argparse
@@ -41,8 +41,9 @@ def main() -> None:
     args = parser.parse_args()
     runs = {name: run(options, args.data_path) for name, options in RUNS[args.case].items()}
     file = ROOT / "benchmarks" / "results" / f"training_{args.case}.json"
-    file.write_text(json.dumps({**environment(), "runs": runs}, indent=2) + "\n")
-    print(f"wrote {file}")
+    results = {**environment(), "runs": runs}
+    file.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"wrote {file}\n\n{table(results)}")
 
 
 def run(options: list[str], data_path: Path | None) -> dict:
@@ -56,6 +57,15 @@ def run(options: list[str], data_path: Path | None) -> dict:
         seconds = time.perf_counter() - start
         row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     return {"options": " ".join(options), "total_seconds": seconds, **row}
+
+
+def table(results: dict) -> str:
+    """The runs as Markdown: average precision in percent, and the minutes of the whole run."""
+    lines = ["| | AP | AP50 | AP75 | minutes |", "| --- | --: | --: | --: | --: |"]
+    for name, row in results["runs"].items():
+        cells = [f"{100 * row[metric]:.1f}" for metric in ("AP", "AP50", "AP75")]
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['total_seconds'] / 60:.1f} |")
+    return "\n".join(lines)
 
 
 def environment() -> dict:
