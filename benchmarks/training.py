@@ -22,7 +22,7 @@ from balanced_learning import backend_info
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = ["--no-sampler", "--no-pyramid", "--no-box-loss"]
-BCCD = ["--small", "-b", "4", "--min-size", "192", "--max-size", "256", "--epochs", "6", "-j", "0", "--opt", "adamw"]
+BCCD = ["--small", "-b", "4", "--min-size", "160", "--max-size", "240", "--epochs", "5", "-j", "0", "--opt", "adamw"]
 BCCD += ["--lr", "0.001", "--lr-scheduler", "cosineannealinglr", "--warmup-iters", "60", "--print-freq", "50"]
 RUNS = {
     "shapes": {f"Libra Faster R-CNN, seed {seed}": ["--seed", str(seed)] for seed in range(3)},

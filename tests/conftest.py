@@ -34,7 +34,7 @@ def device(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=["fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet"])
+@pytest.fixture(scope="session", params=["fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet"])
 def kind(request) -> str:
     return request.param
 

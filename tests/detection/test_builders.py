@@ -48,7 +48,7 @@ def trained_stages(model: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize(("libra", "torchvision"), RESNET50)
-def test_arguments_and_defaults_are_torchvision_s_and_those_of_apply_libra(libra, torchvision):
+def test_arguments_and_defaults_are_those_of_torchvision_and_apply_libra(libra, torchvision):
     parts = {"sampler": True, "pyramid": True, "box_loss": True, "rpn": False}
     if torchvision is retinanet_resnet50_fpn:
         parts = {"pyramid": True, "box_loss": True}
@@ -57,7 +57,7 @@ def test_arguments_and_defaults_are_torchvision_s_and_those_of_apply_libra(libra
 
 
 @pytest.mark.parametrize(("libra", "torchvision"), RESNET50)
-def test_keys_are_those_of_torchvision_and_the_pyramid_s(libra, torchvision):
+def test_keys_are_those_of_torchvision_and_the_pyramid(libra, torchvision):
     stock, balanced = (build(builder).state_dict() for builder in (torchvision, libra))
     assert [key for key in balanced if not key.startswith("backbone.bfp.")] == list(stock)
     assert len(balanced) == len(stock) + 8
@@ -87,7 +87,7 @@ def test_arguments_reach_the_model(builder):
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
-def test_all_parts_are_the_paper_s_by_default(builder):
+def test_all_parts_are_those_of_the_paper_by_default(builder):
     model = build(builder)
     retina = isinstance(model, RetinaNet)
     assert isinstance(model.backbone.bfp, BalancedFeaturePyramid)

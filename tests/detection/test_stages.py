@@ -13,15 +13,14 @@ from balanced_learning.detection.retinanet import LibraRetinaNetRegressionHead
 from balanced_learning.detection.roi_heads import LibraRoIHeads
 from balanced_learning.detection.rpn import LibraRPN
 
-# An object, a box around its upper four fifths, one of half its size, and two elsewhere.
-OBJECT, UPPER, HALF = [0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 8.0], [0.0, 0.0, 10.0, 4.9]
+# An object, a box around its upper four fifths, one around its upper half, and two elsewhere.
+OBJECT, UPPER, HALF = [0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 8.0], [0.0, 0.0, 10.0, 5.0]
 AWAY, FAR_AWAY = [20.0, 20.0, 30.0, 30.0], [40.0, 40.0, 45.0, 50.0]
-CENTER_SHIFT, LOG_HEIGHT = 1 / 8, math.log(10 / 8)  # of OBJECT, seen from UPPER
-PREDICTION = 0.5  # for each coordinate of each box
-UPPER_LOSS = 2 * PREDICTION + (PREDICTION - CENTER_SHIFT) + (PREDICTION - LOG_HEIGHT)  # absolute errors
-ROI_UPPER_LOSS = (
-    2 * PREDICTION + (10 * CENTER_SHIFT - PREDICTION) + (5 * LOG_HEIGHT - PREDICTION)
-)  # weights 10, 10, 5, 5
+# Absolute errors of predicting 0.5 for each delta of UPPER, which are 0, 1/8, 0, log(10/8), and times 10, 10, 5, 5 in
+# the second stage; for those of OBJECT, which are 0, they are 4 x 0.5.
+PREDICTION, OBJECT_LOSS = 0.5, 2.0
+UPPER_LOSS = 1 + (0.5 - 1 / 8) + (0.5 - math.log(10 / 8))
+UPPER_LOSS_ROI = 1 + (10 / 8 - 0.5) + (5 * math.log(10 / 8) - 0.5)
 
 REDUCTIONS = ["none", "mean", "sum"]
 
@@ -55,6 +54,10 @@ def random_boxes(count: int) -> Tensor:
     return torch.cat([corners, corners + 5 + 60 * torch.rand(count, 2)], dim=1)
 
 
+def best_iou(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+    return torchvision.ops.box_iou(boxes, torch.cat([gt_boxes, torch.zeros(1, 4)])).amax(dim=1)
+
+
 def roi_heads(cls: type[RoIHeads] = LibraRoIHeads, outputs: tuple[Tensor, Tensor] | None = None) -> RoIHeads:
     """The second stage with torchvision's settings, and fixed class logits and box deltas for outputs."""
     return cls(
@@ -81,14 +84,14 @@ def assert_same_step(model: nn.Module, stock: nn.Module, targets, train_step) ->
     torch.testing.assert_close(train_step(model, targets), train_step(stock, targets), rtol=0, atol=0)
 
 
-def test_stages_with_torchvision_s_settings_are_torchvision_bit_by_bit(kind, build, targets, train_step):
+def test_stages_with_the_settings_of_torchvision_equal_it_bit_by_bit(kind, build, targets, train_step):
     loss = nn.L1Loss(reduction="sum") if kind == "retinanet" else nn.SmoothL1Loss(reduction="sum", beta=1 / 9)
     model = apply_libra(build(kind), sampler=False, pyramid=False, box_loss=loss)
     assert any(isinstance(module, LibraRoIHeads | LibraRetinaNetRegressionHead) for module in model.modules())
     assert_same_step(model, build(kind), targets, train_step)
 
 
-def test_rpn_with_torchvision_s_settings_is_torchvision_bit_by_bit(build, targets, train_step):
+def test_rpn_with_the_settings_of_torchvision_equals_it_bit_by_bit(build, targets, train_step):
     model = apply_libra(build("fasterrcnn"), sampler=False, pyramid=False, box_loss=False, rpn=True)
     assert isinstance(model.rpn, LibraRPN)
     assert_same_step(model, build("fasterrcnn"), targets, train_step)
@@ -102,13 +105,12 @@ def test_roi_heads_match_as_torchvision_and_hand_the_ious_to_the_sampler():
     libra.fg_bg_sampler = Spy()
     libra.select_training_samples(proposals, targets)
 
-    expected = stock.assign_targets_to_proposals(boxes, *([t[key] for t in targets] for key in ("boxes", "labels")))
-    for i, (labels, ious, matched_idxs) in enumerate(libra.fg_bg_sampler.asked):
+    gt_boxes, gt_labels = ([target[key] for target in targets] for key in ("boxes", "labels"))
+    expected = stock.assign_targets_to_proposals(boxes, gt_boxes, gt_labels)
+    for i, (labels, ious, matched_idxs) in zip(range(3), libra.fg_bg_sampler.asked, strict=True):
         assert torch.equal(matched_idxs, expected[0][i])
         assert torch.equal(labels, expected[1][i])
-        count = len(targets[i]["boxes"])
-        best = torchvision.ops.box_iou(boxes[i], targets[i]["boxes"]).amax(dim=1) if count else torch.zeros(100)
-        assert torch.equal(ious, best)
+        assert torch.equal(ious, best_iou(boxes[i], gt_boxes[i]))
         assert (ious[len(proposals[i]) :] == 1).all()  # the ground truths, which are among the candidates
 
 
@@ -123,23 +125,26 @@ def test_rpn_matches_as_torchvision_and_hands_the_ious_to_the_sampler():
     expected_labels, expected_boxes = stock.assign_targets_to_anchors(anchors, targets)
     assert all(map(torch.equal, matched_boxes, expected_boxes))
     low_quality = 0
-    for i, (labels, ious, _) in enumerate(libra.fg_bg_sampler.asked):
+    for i, (labels, ious, _) in zip(range(3), libra.fg_bg_sampler.asked, strict=True):
         assert torch.equal(labels.float(), expected_labels[i])
-        count = len(targets[i]["boxes"])
-        best = torchvision.ops.box_iou(anchors[i], targets[i]["boxes"]).amax(dim=1) if count else torch.zeros(400)
-        assert torch.equal(ious, best)
+        assert torch.equal(ious, best_iou(anchors[i], targets[i]["boxes"]))
         low_quality += ((labels > 0) & (ious < 0.7)).sum()
     assert low_quality > 0  # the best anchor of an object is positive whatever its IoU
 
 
 def test_iou_is_computed_once_for_each_image_and_stage(build, targets, train_step, monkeypatch):
     model = apply_libra(build("fasterrcnn"), rpn=True)
-    shapes, original = [], torchvision.ops.boxes._box_inter_union
-    monkeypatch.setattr(
-        torchvision.ops.boxes, "_box_inter_union", lambda *args, **kwargs: shapes.append(0) or original(*args, **kwargs)
-    )
+    calls = []
+    original = torchvision.ops.boxes._box_inter_union  # box_iou calls it, under whatever name box_iou was imported
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torchvision.ops.boxes, "_box_inter_union", counted)
     train_step(model, targets)
-    assert len(shapes) == 2 * sum(len(target["boxes"]) > 0 for target in targets)
+    images_with_boxes = sum(len(target["boxes"]) > 0 for target in targets)
+    assert len(calls) == 2 * images_with_boxes
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -150,7 +155,7 @@ def test_roi_box_loss_is_its_sum_over_all_boxes_sampled(reduction):
     heads.fg_bg_sampler, heads.box_loss = IoUBalancedSampler(64), nn.L1Loss(reduction=reduction)
     proposals = [torch.tensor([UPPER, AWAY]), torch.tensor([UPPER, AWAY, FAR_AWAY])]
     _, losses = heads({}, proposals, [(50, 50)] * 2, [ground_truth(OBJECT, label=2), ground_truth()])
-    assert losses["loss_box_reg"].item() == pytest.approx((ROI_UPPER_LOSS + 4 * PREDICTION) / 6, rel=1e-6)
+    assert losses["loss_box_reg"].item() == pytest.approx((UPPER_LOSS_ROI + OBJECT_LOSS) / 6, rel=1e-6)
     assert losses["loss_classifier"].item() == pytest.approx(math.log(3))
 
 
@@ -177,4 +182,4 @@ def test_retinanet_box_loss_is_averaged_over_positives_then_images(reduction):
     deltas = torch.full((2, 3, 4), 100.0)
     deltas[0, [0, 2]] = PREDICTION
     loss = head.compute_loss([ground_truth(OBJECT), ground_truth()], {"bbox_regression": deltas}, anchors, matched_idxs)
-    assert loss.item() == pytest.approx((UPPER_LOSS + 4 * PREDICTION) / 2 / 2, rel=1e-6)
+    assert loss.item() == pytest.approx((UPPER_LOSS + OBJECT_LOSS) / 2 / 2, rel=1e-6)
