@@ -39,9 +39,9 @@ def main() -> None:
     parser.add_argument("case", choices=list(RUNS))
     parser.add_argument("--data-path", type=Path, help="the data of the case, if it is not drawn")
     args = parser.parse_args()
-    runs = {name: run(options, args.data_path) for name, options in RUNS[args.case].items()}
+    results = environment()
+    results["runs"] = {name: run(options, args.data_path) for name, options in RUNS[args.case].items()}
     file = ROOT / "benchmarks" / "results" / f"training_{args.case}.json"
-    results = {**environment(), "runs": runs}
     file.write_text(json.dumps(results, indent=2) + "\n")
     print(f"wrote {file}\n\n{table(results)}")
 
