@@ -10,26 +10,50 @@ import torch
 from errors import UserError
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Writes beside the file, then renames: the last checkpoint survives a full disk or a killed process."""
+def save(path: Path, parts: dict[str, Any], epoch: int, made_for: dict[str, Any]) -> None:
+    """Writes beside the file, then renames: the last checkpoint survives a full disk or a killed process.
+
+    Args:
+        path: of the checkpoint.
+        parts: by name, what has a ``state_dict``: a model, an optimizer, ...
+        epoch: the one just ended.
+        made_for: plain values that whoever loads it must agree with.
+    """
     unfinished = path.with_suffix(".unfinished")
-    torch.save(content, unfinished)
+    content = {name: part.state_dict() for name, part in parts.items()}
+    torch.save({**content, "epoch": epoch, "made_for": made_for}, unfinished)
     os.replace(unfinished, path)
 
 
-def read(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """Reads a checkpoint and compares what it says of its model with ``expected``."""
+def load(path: Path, parts: dict[str, Any], made_for: dict[str, Any]) -> int:
+    """Loads the state of the parts and returns the epoch they are of.
+
+    Raises:
+        UserError: if the file is no checkpoint, or one that does not fit.
+    """
+    content = _read(path)
+    if not isinstance(content, dict) or not {*parts, "epoch", "made_for"} <= content.keys():
+        raise UserError(f"{path}: not a checkpoint of this script")
+    for name, value in made_for.items():
+        found = content["made_for"].get(name)
+        if found != value:
+            raise UserError(f"{path}: a checkpoint of another model: {name} is {found} there and {value} here")
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(content[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{path}: does not fit the {name} that these options make, those of args.json do: {reason}"
+            ) from None
+    return content["epoch"]
+
+
+def _read(path: Path) -> Any:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: not a checkpoint ({(str(error) or type(error).__name__).splitlines()[0]})") from None
-    if not isinstance(content, dict) or not {"model", "optimizer", "scheduler", "epoch", "is_for"} <= content.keys():
-        raise UserError(f"{path}: not a checkpoint of this script")
-    for name, value in expected.items():
-        if content["is_for"].get(name) != value:
-            raise UserError(
-                f"{path}: a checkpoint of another model: {name} is {content['is_for'].get(name)} there and {value} here"
-            )
-    return content
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a checkpoint ({reason})") from None

@@ -14,12 +14,13 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.font_manager import findfont
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
-SHOWN_SCORE = 0.5
+SHOWN_SCORE = 0.3
 
 
 class Progress:
@@ -102,7 +103,10 @@ def _show(axis: plt.Axes, image: Tensor, boxes: Tensor, labels: list[str], color
     scale = max(1, math.ceil(480 / max(image.shape[-2:])))  # small images are enlarged to have room for words
     image = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     if len(boxes):
-        image = draw_bounding_boxes(image, boxes * scale, labels, color, width=2)
+        font = findfont("DejaVu Sans")  # comes with matplotlib
+        image = draw_bounding_boxes(
+            image, boxes * scale, labels, color, width=2, font=font, font_size=16, fill_labels=True
+        )
     axis.imshow(image.permute(1, 2, 0).numpy())
     axis.set_axis_off()
 

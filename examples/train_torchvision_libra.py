@@ -56,76 +56,72 @@ def run(args: Namespace) -> None:
     label_of = _labels(train, args.weights)
     say(f"{len(train.images)} images to train on, {len(val.images)} to evaluate, {len(label_of)} classes")
     say(scale_lr(args))
+    batches, train_loader, val_loader = _loaders(args, device, train, val, label_of)
 
     torch.manual_seed(args.seed)
     model = build_model(args, max(label_of.values()) + 1).to(device)
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     precision = Precision(args.amp, device)
-    train_batches, train_loader, val_loader = _loaders(args, device, train, val, label_of)
     optimizer = make_optimizer(model, args)
     scheduler = make_scheduler(optimizer, args, len(train_loader))
-
-    # What a checkpoint must agree with to be continued from or tested.
-    is_for = {"model": args.model, "backbone": "small" if args.small else args.backbone, "pyramid": args.pyramid}
-    is_for |= {"labels": {name: label_of[i] for i, name in train.categories.items()}}
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": precision.scaler}
     if args.resume:
-        saved = checkpoint.read(args.resume, is_for)
-        model.load_state_dict(saved["model"])
-        if not args.test_only:
-            optimizer.load_state_dict(saved["optimizer"])
-            scheduler.load_state_dict(saved["scheduler"])
-            precision.scaler.load_state_dict(saved["scaler"])
-            args.start_epoch = saved["epoch"] + 1
-        say(f"continuing from {args.resume}, after epoch {saved['epoch']}")
+        epoch = checkpoint.load(args.resume, {"model": model} if args.test_only else state, _made_for(args, label_of))
+        args.start_epoch = epoch + 1
+        say(f"continuing from {args.resume}, after epoch {epoch}")
     if distributed.is_main():
         _write_args(args)
-
-    def evaluate(name: str) -> dict[str, float | None]:
-        progress = Progress("evaluation", args.print_freq, is_main=distributed.is_main())
-        detections = distributed.union_over_processes(predict(model, val_loader, precision, progress))
-        if not distributed.is_main():
-            return {}
-        metrics = coco_metrics(val, detections, label_of, args.coco_backend)
-        print(table(metrics))
-        names = {label: val.categories[i] for i, label in label_of.items()}
-        samples = (val_loader.dataset[i] for i in range(min(NUM_PICTURES, len(val.images))))
-        pictures = ((image, target, detections[target["image_id"]]) for image, target in samples)
-        save_predictions(args.output_dir / f"predictions_{name}.png", pictures, names)
-        return metrics
-
     if args.test_only:
-        metrics = evaluate("test")
-        if distributed.is_main():
-            (args.output_dir / "test.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        _evaluate(args, model, val, val_loader, label_of, precision, "test")
         return
 
-    parallel: nn.Module = model
-    if distributed.world_size() > 1:
-        parallel = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    parallel = nn.parallel.DistributedDataParallel(model) if distributed.world_size() > 1 else model
     for epoch in range(args.start_epoch, args.epochs):
         # All chance starts anew with the epoch, so a resumed run draws what an uninterrupted one would.
         torch.manual_seed(args.seed + epoch * distributed.world_size() + distributed.rank())
-        train_batches.epoch = epoch
+        batches.epoch = epoch
         progress = Progress(f"epoch {epoch}", args.print_freq, is_main=distributed.is_main())
         row = train_one_epoch(
             parallel, optimizer, scheduler, train_loader, precision, clip_norm=args.clip_grad_norm, progress=progress
         )
         if distributed.is_main():
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "scaler": precision.scaler.state_dict(),
-                "epoch": epoch,
-                "is_for": is_for,
-            }
-            checkpoint.save(args.output_dir / "checkpoint.pth", state)
-        metrics = evaluate(f"{epoch:02}")
+            checkpoint.save(args.output_dir / "checkpoint.pth", state, epoch, _made_for(args, label_of))
+        metrics = _evaluate(args, model, val, val_loader, label_of, precision, f"{epoch:02}")
         if distributed.is_main():
             rows = write_row(args.output_dir / "metrics.jsonl", {"epoch": epoch, **row, **metrics})
             save_curves(args.output_dir / "curves.png", rows)
     say(f"done: {args.output_dir}")
+
+
+def _evaluate(
+    args: Namespace,
+    model: nn.Module,
+    val: Split,
+    val_loader: DataLoader,
+    label_of: dict[int, int],
+    precision: Precision,
+    name: str,
+) -> dict[str, float | None]:
+    """Prints the metrics, and writes them and some pictures as ``evaluation_<name>``; the main process returns them."""
+    progress = Progress("evaluation", args.print_freq, is_main=distributed.is_main())
+    detections = distributed.union_over_processes(predict(model, val_loader, precision, progress))
+    if not distributed.is_main():
+        return {}
+    metrics = coco_metrics(val, detections, label_of, args.coco_backend)
+    print(table(metrics))
+    (args.output_dir / f"evaluation_{name}.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    samples = (val_loader.dataset[i] for i in range(min(NUM_PICTURES, len(val.images))))
+    pictures = ((image, target, detections[target["image_id"]]) for image, target in samples)
+    names = {label: val.categories[category_id] for category_id, label in label_of.items()}
+    save_predictions(args.output_dir / f"evaluation_{name}.png", pictures, names)
+    return metrics
+
+
+def _made_for(args: Namespace, label_of: dict[int, int]) -> dict[str, Any]:
+    """What a checkpoint must agree with to be continued from or evaluated."""
+    backbone = "small" if args.small else args.backbone
+    return {"model": args.model, "backbone": backbone, "pyramid": args.pyramid, "label of each category": label_of}
 
 
 def _check_output(args: Namespace) -> None:

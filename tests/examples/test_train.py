@@ -59,8 +59,10 @@ def test_without_data_it_draws_trains_evaluates_and_reports(tmp_path, monkeypatc
         "args.json",
         "checkpoint.pth",
         "metrics.jsonl",
-        "predictions_00.png",
-        "predictions_01.png",
+        "evaluation_00.json",
+        "evaluation_00.png",
+        "evaluation_01.json",
+        "evaluation_01.png",
         "curves.png",
     }
     first, _ = rows(out)
@@ -87,10 +89,10 @@ def test_test_only_repeats_the_evaluation(tmp_path, coco_root, train):
     train(*options)
     before = (tmp_path / "checkpoint.pth").read_bytes()
     train(*options, "--test-only", "--resume", tmp_path / "checkpoint.pth", "--coco-backend", "pycocotools")
-    tested = json.loads((tmp_path / "test.json").read_text())
+    tested = json.loads((tmp_path / "evaluation_test.json").read_text())
     assert tested.items() <= rows(tmp_path)[0].items()
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
-    assert (tmp_path / "predictions_test.png").exists()
+    assert (tmp_path / "evaluation_test.png").exists()
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -129,7 +131,7 @@ def test_two_processes_evaluate_an_odd_number_of_images_once_each(tmp_path, coco
     assert result.stdout.count("AP50") == 1
     saved = tmp_path / "two" / "checkpoint.pth"
     train(*options, "--test-only", "--resume", saved, "--output-dir", tmp_path / "one")
-    alone = json.loads((tmp_path / "one" / "test.json").read_text())
+    alone = json.loads((tmp_path / "one" / "evaluation_test.json").read_text())
     assert alone.items() <= rows(tmp_path / "two")[0].items()
 
 

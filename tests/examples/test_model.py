@@ -1,0 +1,38 @@
+from argparse import Namespace
+
+import pytest
+import torch
+
+from coco import read_split
+from dataset import DetectionDataset
+from model import build_model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["libra_fasterrcnn", "libra_retinanet"])
+def test_four_real_images_are_learned_by_heart(real_data, model):
+    split = read_split(real_data("bccd"), "train2017", limit=4)
+    images, targets = zip(*DetectionDataset(split, {1: 1, 2: 2, 3: 3}), strict=True)
+    args = Namespace(
+        model=model,
+        small=True,
+        sampler=True,
+        pyramid=True,
+        box_loss=True,
+        rpn=False,
+        min_size=160,
+        max_size=240,
+        rpn_score_thresh=0.0,
+    )
+    detector = build_model(args, 4).train()
+    optimizer = torch.optim.AdamW(detector.parameters(), 0.001)
+    first = None
+    for _ in range(400):
+        loss = sum(detector(images, targets).values())
+        first = first or loss.item()
+        if loss < first / 10:
+            return
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    pytest.fail(f"the loss fell from {first} to {loss.item()} only")
