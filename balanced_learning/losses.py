@@ -69,7 +69,7 @@ def balanced_l1_loss(
         >>> input = torch.tensor([0.0, 0.5, 3.0], requires_grad=True)
         >>> balanced_l1_loss(input, torch.zeros(3), reduction="sum").backward()
         >>> input.grad  # 0, 0.5 ln(19.1 x 0.5 + 1), gamma
-        tensor([0.0000, 1.1778, 1.5000])
+        tensor([0.0000, 1.1777, 1.5000])
     """
     _check_parameters(alpha, gamma, beta, reduction)
     _check_tensors(input, target, weight)
@@ -120,9 +120,11 @@ class BalancedL1Loss(nn.Module):
 def _balanced_l1(x: Tensor, alpha: float, gamma: float, beta: float) -> Tensor:
     """The loss of each error x: L_1 on the inlier part of |x| / beta, and slope gamma on what exceeds it."""
     b = math.expm1(gamma / alpha)
-    u = x.abs() / beta
-    inlier = u.clamp(max=1)
-    return beta * (alpha * inlier * _mean_log1p(b * inlier) + gamma * (u - 1).relu())
+    u = torch.where(x < 0, -x, x) / beta  # |x| has no slope at 0 for autograd, and so would L no curvature
+    is_outlier = u >= 1
+    inlier = torch.where(is_outlier, 1.0, u)
+    excess = torch.where(is_outlier, u - 1, 0.0)
+    return beta * (alpha * inlier * _mean_log1p(b * inlier) + gamma * excess)
 
 
 def _mean_log1p(z: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ class BalancedFeaturePyramid(nn.Module):
         Libra R-CNN: Towards Balanced Learning for Object Detection. https://arxiv.org/abs/1904.02701
 
     Example:
+        >>> import torch
         >>> bfp = BalancedFeaturePyramid(in_channels=16, refine_level=1)
         >>> features = {"0": torch.rand(1, 16, 32, 32), "1": torch.rand(1, 16, 16, 16), "2": torch.rand(1, 16, 7, 7)}
         >>> {name: tuple(level.shape) for name, level in bfp(features).items()}

@@ -46,9 +46,9 @@ def build_model(args: Namespace, num_classes: int) -> nn.Module:
             f"{flag}: the weights could not be downloaded ({error}); --weights-backbone none trains from scratch"
         ) from None
     except KeyError:
-        raise UserError(f"{flag}: torchvision has no such weights for {args.backbone}") from None
+        raise UserError(f"{flag}: torchvision has no such weights") from None
     except ValueError as error:
-        raise UserError(f"--backbone {args.backbone}: {error}") from None
+        raise UserError(f"--backbone {args.backbone} {flag}: {error}") from None
 
 
 def _small_fasterrcnn(num_classes: int, **options: float) -> FasterRCNN:

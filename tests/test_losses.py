@@ -123,7 +123,7 @@ def test_known_values(alpha, gamma, constant, at_1, slope_over_x_at_0, slope_at_
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_slope_is_0_at_0_rises_to_gamma_at_beta_and_never_jumps(beta):
-    x = torch.cat([torch.tensor([0.0, 1e-12]), beta * torch.tensor([1 - 1e-9, 1, 1 + 1e-9])]).double()
+    x = torch.tensor([0, 1e-12, beta * (1 - 1e-9), beta, beta * (1 + 1e-9)], dtype=torch.float64)
     _, gradient = errors_of(x, beta=beta)
     assert gradient.tolist() == pytest.approx([0, 0, 1.5, 1.5, 1.5], abs=1e-8)
 

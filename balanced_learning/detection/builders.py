@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 from torchvision import models
-from torchvision.models import ResNet50_Weights, WeightsEnum, get_model, list_models
+from torchvision.models import ResNet50_Weights, WeightsEnum, get_model, get_model_weights, list_models
 from torchvision.models.detection import (
     FasterRCNN,
     FasterRCNN_ResNet50_FPN_Weights,
@@ -160,6 +160,12 @@ def _backbone(
         raise ValueError(f"backbone_name must be one of {', '.join(known)}; got {name!r}")
     if trainable_layers is None:
         trainable_layers = 5 if weights is None else 3
+    known_weights = get_model_weights(name)
+    try:
+        weights = known_weights.verify(weights)
+    except KeyError:
+        has = ", ".join(known_weights.__members__)
+        raise ValueError(f"weights_backbone must be {has} or None for {name}, got {weights!r}") from None
     norm_layer = nn.BatchNorm2d if weights is None else FrozenBatchNorm2d
     body = get_model(name, weights=weights, progress=progress, norm_layer=norm_layer)
     if finest_level == 2:

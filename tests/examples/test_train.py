@@ -189,8 +189,8 @@ def test_wrong_options_are_named(tmp_path, coco_root, error, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--backbone", "vgg16", "--weights-backbone", "none"], "--backbone vgg16: .*resnet50"),
-        (["--weights-backbone", "IMAGENET22K"], "--weights-backbone IMAGENET22K: torchvision has no such weights"),
+        (["--backbone", "vgg16", "--weights-backbone", "none"], "--backbone vgg16 .*must be one of .*resnet50"),
+        (["--weights-backbone", "IMAGENET22K"], "weights_backbone must be IMAGENET1K_V1, .*got 'IMAGENET22K'"),
     ],
 )
 def test_a_model_that_torchvision_does_not_have_is_named(tmp_path, coco_root, error, options, message):
