@@ -2,6 +2,7 @@
 
 import platform
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -11,7 +12,8 @@ def backend_info() -> dict[str, str]:
 
     Returns:
         dict: ``balanced_learning``, ``torch``, ``python``: versions; ``cuda``: the CUDA version torch was built for;
-        ``gpu``: the devices torch sees; ``balanced_l1_loss``: what computes the loss, and why.
+        ``gpu``: the devices torch sees; ``driver``: the CUDA version of their driver, as 13000 for 13.0; ``files``:
+            where the package is; ``balanced_l1_loss``: what computes the loss, and why.
 
     Example:
         >>> backend_info()["torch"] == torch.__version__
@@ -22,11 +24,14 @@ def backend_info() -> dict[str, str]:
     except metadata.PackageNotFoundError:
         version = "unknown: used without being installed"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    driver = str(torch._C._cuda_getDriverVersion()) if gpus else "none that torch can use"  # type: ignore[attr-defined]
     return {
         "balanced_learning": version,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "cuda": torch.version.cuda or "none: this torch is built for the CPU alone",
         "gpu": ", ".join(gpus) or "none that torch can use",
+        "driver": driver,
+        "files": str(Path(__file__).parent),
         "balanced_l1_loss": "plain PyTorch: this version has no compiled kernels",
     }

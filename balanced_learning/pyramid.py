@@ -114,7 +114,8 @@ class NonLocal(nn.Module):
     r"""Embedded-Gaussian non-local block: :math:`x + W_o \, \text{softmax}(\theta(x)^\top \phi(x)) \, g(x)`.
 
     The logits are not scaled, as in the paper's code. The softmax runs over all H x W positions; their
-    :math:`(HW)^2` matrix is never held.
+    :math:`(HW)^2` matrix is never held where :func:`torch.nn.functional.scaled_dot_product_attention` has a fused
+    kernel: on the CPU and, but for float64, on CUDA.
 
     Args:
         channels (int): channels of the map, and of the embeddings.

@@ -1,6 +1,5 @@
 """Checkpoints: plain tensors and numbers, written whole or not at all, and refused by name when they do not fit."""
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,18 @@ def save(path: Path, parts: dict[str, Any], epoch: int, made_for: dict[str, Any]
         parts: by name, what has a ``state_dict``: a model, an optimizer, ...
         epoch: the one just ended.
         made_for: plain values that whoever loads it must agree with.
+
+    Raises:
+        UserError: if it cannot be written.
     """
     unfinished = path.with_suffix(".unfinished")
     content = {name: part.state_dict() for name, part in parts.items()}
-    torch.save({**content, "epoch": epoch, "made_for": made_for}, unfinished)
-    os.replace(unfinished, path)
+    try:
+        torch.save({**content, "epoch": epoch, "made_for": made_for}, unfinished)
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error}); the last checkpoint is untouched") from None
 
 
 def load(path: Path, parts: dict[str, Any], made_for: dict[str, Any]) -> int:
@@ -37,7 +43,7 @@ def load(path: Path, parts: dict[str, Any], made_for: dict[str, Any]) -> int:
     for name, value in made_for.items():
         found = content["made_for"].get(name)
         if found != value:
-            raise UserError(f"{path}: a checkpoint of another model: {name} is {found} there and {value} here")
+            raise UserError(f"{path}: a checkpoint of another run: {name} is {found} there and {value} here")
     for name, part in parts.items():
         try:
             part.load_state_dict(content[name])

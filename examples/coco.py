@@ -8,7 +8,7 @@ import json
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Split:
         """The same split with its first images alone."""
         images = self.images[:count]
         annotations = {image["id"]: self.annotations[image["id"]] for image in images}
-        return Split(self.json_file, self.image_dir, images, annotations, self.categories)
+        return replace(self, images=images, annotations=annotations)
 
 
 def read_split(root: Path, name: str, *, limit: int | None = None) -> Split:
@@ -88,9 +88,11 @@ def read_split(root: Path, name: str, *, limit: int | None = None) -> Split:
         box = annotation["bbox"]
         if len(box) != 4 or not all(isinstance(x, int | float) and math.isfinite(x) for x in box):
             raise UserError(f"{where}: bbox must be four finite numbers [x, y, width, height], got {box}")
-        area = annotation.get("area", box[2] * box[3])
+        area = box[2] * box[3] if annotation.get("area") is None else annotation["area"]
+        if not isinstance(area, int | float):
+            raise UserError(f"{where}: area must be a number, got {area!r}")
         annotations[annotation["image_id"]].append(
-            {**annotation, "iscrowd": annotation.get("iscrowd", 0), "area": area}
+            {**annotation, "iscrowd": annotation.get("iscrowd") or 0, "area": area}
         )
 
     split = Split(json_file, root / name, images, annotations, categories)
@@ -140,11 +142,13 @@ def _check_images(split: Split) -> None:
         where = f"{split.json_file}: image {image['id']}: {path}"
         try:
             with Image.open(path) as file:
-                size = file.size
+                size, mode = file.size, file.mode
         except FileNotFoundError:
             return f"{where} is missing"
         except (OSError, UnidentifiedImageError, SyntaxError) as error:
             return f"{where} is unreadable ({error})"
+        if mode.startswith(("I", "F")):
+            return f"{where} has more than 8 bits a channel (mode {mode}); convert it"
         stated = (image.setdefault("width", size[0]), image.setdefault("height", size[1]))
         return None if stated == size else f"{where} is {size[0]} x {size[1]}, not {stated[0]} x {stated[1]}"
 

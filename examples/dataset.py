@@ -3,6 +3,7 @@
 import math
 from bisect import bisect
 from collections.abc import Iterator
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -78,16 +79,16 @@ class AspectRatioBatchSampler(Sampler[list[int]]):
     """Shuffled batches of images of similar shape, so that little is padded. Every image comes once an epoch.
 
     Images are grouped by width / height in steps of a ``group_factor``-th of an octave, from 1/2 to 2; what does not
-    fill a batch of its group forms mixed batches. The order follows from seed and epoch alone, so a resumed run
+    fill a batch of its group forms mixed batches. A ``group_factor`` of 0 separates portrait from landscape, a negative
+    one nothing. The order follows from seed and epoch alone, so a resumed run
     continues as if it had not been interrupted. Of several processes each takes its share, padded to equal length.
     """
 
     def __init__(
         self, images: list[Entry], batch_size: int, *, group_factor: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        edges = (
-            [2 ** (step / group_factor) for step in range(-group_factor, group_factor + 1)] if group_factor > 0 else []
-        )
+        steps = range(-group_factor, group_factor + 1)  # none, if negative
+        edges = [2 ** (step / max(1, group_factor)) for step in steps]
         self.groups = [bisect(edges, image["width"] / image["height"]) for image in images]
         self.batch_size = batch_size
         self.seed = seed
@@ -98,7 +99,7 @@ class AspectRatioBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.groups), generator=generator).tolist()
-        order += order[: -len(order) % self.world_size]
+        order = list(islice(cycle(order), math.ceil(len(order) / self.world_size) * self.world_size))
         batches: list[list[int]] = []
         open_batches: dict[int, list[int]] = {}
         for index in order[self.rank :: self.world_size]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def start(device: str, dist_url: str) -> torch.device:
@@ -35,6 +35,13 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Gives every process the running statistics of the first, so that all evaluate the model that is saved."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def barrier() -> None:

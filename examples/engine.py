@@ -33,7 +33,8 @@ def make_optimizer(model: nn.Module, args: Namespace) -> Optimizer:
 
 def make_scheduler(optimizer: Optimizer, args: Namespace, iterations: int) -> LRScheduler:
     """Stepped after each of the ``iterations`` of an epoch: linear warm-up times the decay."""
-    warmup = LinearLR(optimizer, args.warmup_factor, total_iters=max(1, min(args.warmup_iters, iterations)))
+    first_factor = args.warmup_factor if args.warmup_iters else 1.0
+    warmup = LinearLR(optimizer, first_factor, total_iters=max(1, min(args.warmup_iters, iterations)))
     if args.lr_scheduler == "multisteplr":
         decay: LRScheduler = MultiStepLR(optimizer, [step * iterations for step in args.lr_steps], args.lr_gamma)
     else:
@@ -70,7 +71,7 @@ def train_one_epoch(
     Losses stay on the device between two reports, so that the GPU is not waited for.
 
     Returns:
-        dict: the mean of each loss and of their sum ``loss``, ``lr``, ``images_per_second`` and ``seconds``.
+        dict: the mean of each loss and of their sum ``loss``, the last ``lr``, ``images_per_second`` and ``seconds``.
 
     Raises:
         UserError: if a loss or a weight is not finite.
@@ -87,6 +88,7 @@ def train_one_epoch(
         with precision():
             losses = model(images, targets)
         losses["loss"] = sum(losses.values())
+        lr = optimizer.param_groups[0]["lr"]
         _update(losses["loss"], model, optimizer, scheduler, precision, clip_norm)
         for name, value in [*losses.items(), ("batches", losses["loss"].new_ones(()))]:
             total[name] = total.get(name, 0) + value.detach()
@@ -97,7 +99,7 @@ def train_one_epoch(
         raise _diverged(["weights"])
     seconds = time.perf_counter() - start
     return means | {
-        "lr": optimizer.param_groups[0]["lr"],
+        "lr": lr,
         "images_per_second": num_images / seconds,
         "seconds": seconds,
     }

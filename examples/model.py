@@ -25,6 +25,7 @@ def build_model(args: Namespace, num_classes: int) -> nn.Module:
     is_rcnn = args.model == "libra_fasterrcnn"
     parts = {"pyramid": args.pyramid, "box_loss": args.box_loss}
     sizes = {"min_size": args.min_size, "max_size": args.max_size}
+    sizes["_skip_resize"] = args.data_augmentation in ("multiscale", "lsj")  # they decide the size in training
     if is_rcnn:
         parts |= {"sampler": args.sampler, "rpn": args.rpn}
         sizes |= {"rpn_score_thresh": args.rpn_score_thresh}
@@ -41,9 +42,10 @@ def build_model(args: Namespace, num_classes: int) -> nn.Module:
         return build(
             backbone_name=args.backbone, weights_backbone=args.weights_backbone, num_classes=num_classes, **options
         )
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # no connection, no room, or a broken file
         raise UserError(
-            f"{flag}: the weights could not be downloaded ({error}); --weights-backbone none trains from scratch"
+            f"{flag}: the weights could not be downloaded ({error}); --weights-backbone none without --weights trains "
+            "from scratch"
         ) from None
     except KeyError:
         raise UserError(f"{flag}: torchvision has no such weights") from None

@@ -65,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--pyramid", action=on_off, default=True, help="balanced feature pyramid")
     model.add_argument("--box-loss", action=on_off, default=True, help="balanced L1")
     model.add_argument("--rpn", action=on_off, default=False, help="balance the RPN, too (Faster R-CNN)")
-    model.add_argument("--small", action="store_true", help="a ResNet-18 detector that a CPU can train from scratch")
+    model.add_argument(
+        "--small", action=on_off, default=False, help="a ResNet-18 detector that a CPU can train from scratch"
+    )
     model.add_argument("--weights", metavar="NAME", help="torchvision's COCO weights to start from, e.g. DEFAULT")
     model.add_argument(
         "--weights-backbone",
@@ -102,13 +104,22 @@ def _parser() -> argparse.ArgumentParser:
         "--amp", nargs="?", const="fp16", choices=["fp16", "bf16"], help="mixed precision; without a value fp16"
     )
     training.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and sampling")
-    training.add_argument("--use-deterministic-algorithms", action="store_true", help="same bits every run; slower")
+    training.add_argument(
+        "--use-deterministic-algorithms", action="store_true", help="same bits every run, where torch can; slower"
+    )
 
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="auto", help="cuda, cpu, ...; auto: cuda if there is one")
     run.add_argument("--output-dir", type=Path, help="default: a new folder in runs/, or that of --resume")
     run.add_argument("--resume", type=Path, metavar="FILE", help="checkpoint to continue from")
-    run.add_argument("--start-epoch", type=_not_negative, default=0, metavar="N", help="epoch to start counting from")
+    run.add_argument(
+        "--start-epoch",
+        "--start_epoch",
+        type=_not_negative,
+        default=0,
+        metavar="N",
+        help="epoch to start counting from",
+    )
     run.add_argument("--test-only", action="store_true", help="evaluate, do not train")
     run.add_argument("--print-freq", type=_positive, default=20, metavar="N", help="iterations between reports")
     run.add_argument(
@@ -124,7 +135,10 @@ def _settle(args: argparse.Namespace) -> None:
 
     if args.weights_backbone.lower() == "none":
         args.weights_backbone = None
-    if args.weights and (args.small or args.backbone != "resnet50"):
+    if args.small and (args.weights or args.backbone != "resnet50"):
+        flag = f"--weights {args.weights}" if args.weights else f"--backbone {args.backbone}"
+        raise UserError(f"{flag}: a --small detector has its own backbone and no weights; pass --no-small")
+    if args.weights and args.backbone != "resnet50":
         raise UserError(f"--weights {args.weights}: torchvision has COCO weights for --backbone resnet50 alone")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -59,10 +59,12 @@ class Progress:
 
 
 def write_row(path: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Appends the row of an epoch, in place of one of the same or a later epoch that an interrupted run left."""
+    """Appends the row of an epoch, in place of one of the same or a later epoch, and returns all rows."""
     rows = [r for r in read_rows(path) if r["epoch"] < row["epoch"]]
     rows.append(row)
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    unfinished.replace(path)
     return rows
 
 

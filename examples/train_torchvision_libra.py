@@ -9,7 +9,7 @@ beside the ground truth, and curves.png at the end.
 """
 
 import json
-import os
+import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: Namespace) -> None:
     device = distributed.start(args.device, args.dist_url)
     say = print if distributed.is_main() else lambda *_: None
-    torch.use_deterministic_algorithms(args.use_deterministic_algorithms)
+    torch.use_deterministic_algorithms(args.use_deterministic_algorithms, warn_only=True)
     _check_output(args)
 
     train, val = _read_data(args)
@@ -66,15 +66,19 @@ def run(args: Namespace) -> None:
     optimizer = make_optimizer(model, args)
     scheduler = make_scheduler(optimizer, args, len(train_loader))
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": precision.scaler}
+    made_for = _made_for(args, label_of)
+    schedule = _schedule(args, len(train_loader))
+    if args.test_only:
+        if args.resume:
+            checkpoint.load(args.resume, {"model": model}, made_for)
+        _evaluate(args, model, val, val_loader, label_of, precision, "test")
+        return
     if args.resume:
-        epoch = checkpoint.load(args.resume, {"model": model} if args.test_only else state, _made_for(args, label_of))
+        epoch = checkpoint.load(args.resume, state, made_for | schedule)
         args.start_epoch = epoch + 1
         say(f"continuing from {args.resume}, after epoch {epoch}")
     if distributed.is_main():
         _write_args(args)
-    if args.test_only:
-        _evaluate(args, model, val, val_loader, label_of, precision, "test")
-        return
 
     parallel = nn.parallel.DistributedDataParallel(model) if distributed.world_size() > 1 else model
     for epoch in range(args.start_epoch, args.epochs):
@@ -86,7 +90,8 @@ def run(args: Namespace) -> None:
             parallel, optimizer, scheduler, train_loader, precision, clip_norm=args.clip_grad_norm, progress=progress
         )
         if distributed.is_main():
-            checkpoint.save(args.output_dir / "checkpoint.pth", state, epoch, _made_for(args, label_of))
+            write_row(args.output_dir / "metrics.jsonl", {"epoch": epoch, **row})
+            checkpoint.save(args.output_dir / "checkpoint.pth", state, epoch, made_for | schedule)
         metrics = _evaluate(args, model, val, val_loader, label_of, precision, f"{epoch:02}")
         if distributed.is_main():
             rows = write_row(args.output_dir / "metrics.jsonl", {"epoch": epoch, **row, **metrics})
@@ -104,6 +109,7 @@ def _evaluate(
     name: str,
 ) -> dict[str, float | None]:
     """Prints the metrics, and writes them and some pictures as ``evaluation_<name>``; the main process returns them."""
+    distributed.share_buffers(model)
     progress = Progress("evaluation", args.print_freq, is_main=distributed.is_main())
     detections = distributed.union_over_processes(predict(model, val_loader, precision, progress))
     if not distributed.is_main():
@@ -122,6 +128,14 @@ def _made_for(args: Namespace, label_of: dict[int, int]) -> dict[str, Any]:
     """What a checkpoint must agree with to be continued from or evaluated."""
     backbone = "small" if args.small else args.backbone
     return {"model": args.model, "backbone": backbone, "pyramid": args.pyramid, "label of each category": label_of}
+
+
+def _schedule(args: Namespace, iterations: int) -> dict[str, Any]:
+    """What a checkpoint must also agree with for its learning rates to go on as they began."""
+    schedule = {"iterations of an epoch": iterations, "lr": args.lr, "lr_scheduler": args.lr_scheduler}
+    if args.lr_scheduler == "cosineannealinglr":
+        return schedule | {"epochs": args.epochs}
+    return schedule | {"lr_steps": args.lr_steps, "lr_gamma": args.lr_gamma}
 
 
 def _check_output(args: Namespace) -> None:
@@ -194,10 +208,10 @@ def _loaders(
 
 def _write_args(args: Namespace) -> None:
     values: dict[str, Any] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    values |= {"world_size": distributed.world_size(), "command": " ".join([Path(sys.executable).name, *sys.argv])}
+    values |= {"world_size": distributed.world_size(), "command": shlex.join(["python", *sys.argv])}
     values |= {
         "versions": backend_info(),
-        "threads": torch.get_num_threads() if args.device == "cpu" else os.cpu_count(),
+        "threads": torch.get_num_threads(),
     }
     (args.output_dir / "args.json").write_text(json.dumps(values, indent=2) + "\n")
 

@@ -77,6 +77,8 @@ class LibraRoIHeads(RoIHeads):
 
         ``class_logits [S, classes]``, ``box_regression [S, 4 classes]``, ``labels [S]``, ``regression_targets [S, 4]``.
         """
+        if labels.numel() == 0:  # neither ground truth nor proposals: nothing to average over
+            return {"loss_classifier": class_logits.sum(), "loss_box_reg": box_regression.sum()}
         positive = torch.where(labels > 0)[0]
         deltas = box_regression.unflatten(1, (-1, 4))[positive, labels[positive]]  # [P, 4]
         return {

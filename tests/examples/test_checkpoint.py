@@ -34,14 +34,15 @@ def test_a_failed_save_leaves_the_last_checkpoint(saved, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"checkpoint\.pth: cannot be written \(disk full\)"):
         save(path, {"model": model}, 4, MADE_FOR)
     assert load(path, {"model": model}, MADE_FOR) == 3
+    assert [file.name for file in path.parent.iterdir()] == ["checkpoint.pth"]
 
 
 def test_a_checkpoint_of_another_model_says_what_differs(saved):
     path, model = saved
-    with pytest.raises(UserError, match=r"checkpoint\.pth: .*another model: backbone is small there and resnet50 here"):
+    with pytest.raises(UserError, match=r"checkpoint\.pth: .*another run: backbone is small there and resnet50 here"):
         load(path, {"model": model}, {"backbone": "resnet50"})
 
 

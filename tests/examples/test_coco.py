@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from coco import read_split
 from errors import UserError
@@ -24,6 +25,18 @@ def test_area_crowd_and_image_size_may_be_left_out(coco_root, edit):
     split = read_split(coco_root, "train2017")
     assert (split.images[0]["width"], split.images[0]["height"]) == (64, 48)
     assert split.boxes(split.images[0])[0]["area"] == 600
+
+
+def test_null_is_taken_for_left_out(coco_root, edit):
+    edit(lambda content: content["annotations"][0].update(area=None, iscrowd=None))
+    split = read_split(coco_root, "train2017")
+    assert split.annotations[11][0].items() >= {"area": 600, "iscrowd": 0}.items()
+
+
+def test_images_of_more_than_8_bits_are_refused(coco_root):
+    Image.new("I;16", (64, 48), 30000).save(coco_root / "train2017" / "11.png")
+    with pytest.raises(UserError, match=r"11\.png has more than 8 bits"):
+        read_split(coco_root, "train2017")
 
 
 def test_crowds_are_for_evaluation_alone(coco_root, edit):
@@ -59,6 +72,7 @@ SPOILS = {
     r"images\[0\]: 'file_name'": lambda c: c["images"][0].pop("file_name"),
     "image 11: the id is used twice": lambda c: c["images"][1].update(id=11),
     "category 3: the id is used twice": lambda c: c["categories"][0].update(id=3),
+    "area must be a number, got 'big'": lambda c: c["annotations"][0].update(area="big"),
     "no list 'categories'": lambda c: c.pop("categories"),
     "no list 'images'": lambda c: c.update(images={}),
     "'images' is empty": lambda c: c.update(images=[], annotations=[]),

@@ -51,6 +51,10 @@ def test_processes_share_the_images_and_have_as_many_batches(world_size):
     assert sum(seen.values()) - len(RATIOS) < world_size
 
 
+def test_fewer_images_than_processes_still_give_each_a_batch():
+    assert [list(sampler([1.0], 2, rank=rank, world_size=4)) for rank in range(4)] == [[[0]]] * 4
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK"])
 def test_every_kind_of_image_is_rgb_in_unit_range(coco_root, mode):
     file = coco_root / "train2017" / "11.png"

@@ -76,22 +76,22 @@ def test_without_data_it_draws_trains_evaluates_and_reports(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("model", ["libra_fasterrcnn", "libra_retinanet"])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, coco_root, train, model):
-    options = ["--data-path", coco_root, *SMALL, "--model", model, "--lr", 0.01, "--lr-steps", 1]
+    options = ["--data-path", coco_root, *SMALL, "--model", model, "--lr", 0.01, "--lr-steps", 1, "--warmup-iters", 0]
     train(*options, "--epochs", 2, "--output-dir", tmp_path / "whole")
     train(*options, "--output-dir", tmp_path / "parts")
     train(*options, "--epochs", 2, "--resume", tmp_path / "parts" / "checkpoint.pth")
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
-    assert [row["lr"] for row in rows(tmp_path / "whole")] == pytest.approx([0.001, 0.001])
+    assert [row["lr"] for row in rows(tmp_path / "whole")] == pytest.approx([0.01, 0.001])
 
 
 def test_test_only_repeats_the_evaluation(tmp_path, coco_root, train):
     options = ["--data-path", coco_root, *SMALL, "--output-dir", tmp_path]
     train(*options)
-    before = (tmp_path / "checkpoint.pth").read_bytes()
+    before = [(tmp_path / name).read_bytes() for name in ("checkpoint.pth", "args.json")]
     train(*options, "--test-only", "--resume", tmp_path / "checkpoint.pth", "--coco-backend", "pycocotools")
     tested = json.loads((tmp_path / "evaluation_test.json").read_text())
     assert tested.items() <= rows(tmp_path)[0].items()
-    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    assert before == [(tmp_path / name).read_bytes() for name in ("checkpoint.pth", "args.json")]
     assert (tmp_path / "evaluation_test.png").exists()
 
 
@@ -179,7 +179,9 @@ def test_a_download_that_cannot_be_had_names_its_flag(tmp_path, coco_root, error
         (["--output-dir", "/dev/null/out"], "--output-dir /dev/null/out: cannot be written"),
         (["--resume", "missing.pth"], "--resume missing.pth: no such file"),
         (["--device", "abacus"], "--device abacus"),
-        (["--weights", "DEFAULT"], "--weights DEFAULT: .*resnet50"),
+        (["--weights", "DEFAULT"], "--weights DEFAULT: .*--no-small"),
+        (["--backbone", "resnet101"], "--backbone resnet101: .*--no-small"),
+        (["--weights", "DEFAULT", "--no-small", "--backbone", "resnet18"], "--weights DEFAULT: .*resnet50 alone"),
     ],
 )
 def test_wrong_options_are_named(tmp_path, coco_root, error, options, message):
@@ -205,6 +207,7 @@ def test_a_checkpoint_is_never_lost(tmp_path, coco_root, train, error, monkeypat
     assert f"--resume {file}" in error(*options)
     assert "model is libra_fasterrcnn there" in error(*options, "--resume", file, "--model", "libra_retinanet")
     assert "pyramid is True there and False here" in error(*options, "--resume", file, "--no-pyramid")
+    assert "lr is 0.0025 there and 0.5 here" in error(*options, "--resume", file, "--lr", 0.5)
 
     def explode(parameters, _):
         for parameter in parameters:
