@@ -1,11 +1,10 @@
-from argparse import Namespace
-
 import pytest
 import torch
 
 from coco import read_split
 from dataset import DetectionDataset
 from model import build_model
+from options import parse_args
 
 
 @pytest.mark.slow
@@ -13,17 +12,7 @@ from model import build_model
 def test_four_real_images_are_learned_by_heart(real_data, model):
     split = read_split(real_data("bccd"), "train2017", limit=4)
     images, targets = zip(*DetectionDataset(split, {1: 1, 2: 2, 3: 3}), strict=True)
-    args = Namespace(
-        model=model,
-        small=True,
-        sampler=True,
-        pyramid=True,
-        box_loss=True,
-        rpn=False,
-        min_size=160,
-        max_size=240,
-        rpn_score_thresh=0.0,
-    )
+    args = parse_args(["--data-path", "-", "--model", model, "--small", "--min-size", "160", "--max-size", "240"])
     detector = build_model(args, 4).train()
     optimizer = torch.optim.AdamW(detector.parameters(), 0.001)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [200])
