@@ -1,0 +1,78 @@
+// What the CPU and the CUDA op share: checks of the arguments, their pointers and the result.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/Dispatch_v2.h>
+
+#include <algorithm>
+#include <optional>
+
+namespace balanced_learning {
+
+using torch::stable::Tensor;
+
+enum Reduction : int64_t { kNone, kMean, kSum };
+
+inline double divisor(int64_t reduction, int64_t numel) {
+  return reduction == kMean ? double(std::max<int64_t>(numel, 1)) : 1.0;
+}
+
+// Dense tensors of one shape, type and device, as the kernels read them.
+template <class T>
+struct Operands {
+  const T *input, *target, *weight;  // weight may be null
+  int64_t numel;
+};
+
+// Calls body with a zero of the type of the tensor's elements.
+template <class Body>
+void dispatch(const Tensor& tensor, const Body& body) {
+  THO_DISPATCH_V2(tensor.scalar_type(), "balanced_l1", AT_WRAP([&] { body(scalar_t(0)); }), AT_FLOATING_TYPES,
+                  torch::headeronly::ScalarType::Half, torch::headeronly::ScalarType::BFloat16);
+}
+
+class Inputs {
+ public:
+  Inputs(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight)
+      : input_(dense(input)), target_(matching(target, "target")) {
+    if (weight) weight_ = matching(*weight, "weight");
+  }
+
+  template <class T>
+  Operands<T> operands() const {
+    return {data<T>(input_), data<T>(target_), weight_ ? data<T>(*weight_) : nullptr, input_.numel()};
+  }
+
+  Tensor new_result(int64_t reduction) const {
+    return reduction == kNone ? torch::stable::empty_like(input_) : torch::stable::new_empty(input_, {});
+  }
+
+  // The gradient of the result: one for all elements, or one for each.
+  Tensor checked_grad(const Tensor& grad, int64_t reduction) const {
+    if (reduction == kNone) return matching(grad, "grad");
+    STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == input_.scalar_type() && grad.device() == input_.device(),
+                    "grad must be one number of the type and on the device of input");
+    return grad;
+  }
+
+ private:
+  template <class T>
+  static const T* data(const Tensor& tensor) {
+    return static_cast<const T*>(tensor.const_data_ptr());
+  }
+  static Tensor dense(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  }
+  Tensor matching(const Tensor& tensor, const char* name) const {
+    STD_TORCH_CHECK(tensor.scalar_type() == input_.scalar_type() && tensor.device() == input_.device() && tensor.sizes().equals(input_.sizes()),
+                    name, " must have the shape, the type and the device of input");
+    return dense(tensor);
+  }
+
+  Tensor input_, target_;
+  std::optional<Tensor> weight_;
+};
+
+}  // namespace balanced_learning
