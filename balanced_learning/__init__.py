@@ -1,6 +1,6 @@
 """Balanced training for object detectors: the three ideas of Libra R-CNN (Pang et al., CVPR 2019) for PyTorch."""
 
-from ._ops import backend_info
+from ._backend import backend_info
 from .losses import BalancedL1Loss, balanced_l1_loss
 from .pyramid import BalancedFeaturePyramid
 from .samplers import IoUBalancedSampler

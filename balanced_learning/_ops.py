@@ -1,37 +1,167 @@
-"""What the installation consists of and which implementation serves a call."""
+"""The compiled balanced L1 as ops of torch: schema, shapes, derivatives, autocast, vmap.
 
-import platform
-from importlib import metadata
-from pathlib import Path
+The ops are defined whether or not there is a binary with kernels for them.
+"""
+
+import math
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _backend
+
+_NONE, _MEAN, _SUM = range(3)
+_REDUCTIONS = {"none": _NONE, "mean": _MEAN, "sum": _SUM}
+
+# input, target, weight, and grad where it is one of each element, have one shape, type and device.
+_library = torch.library.Library("balanced_learning", "DEF")
+_ARGUMENTS = "Tensor input, Tensor target, Tensor? weight, float alpha, float gamma, float beta, int reduction"
+_library.define(f"balanced_l1({_ARGUMENTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_library.define(f"balanced_l1_backward(Tensor grad, {_ARGUMENTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_backend.load()
+_forward_op = torch.ops.balanced_learning.balanced_l1.default
+_backward_op = torch.ops.balanced_learning.balanced_l1_backward.default
 
 
-def backend_info() -> dict[str, str]:
-    """Reports the installed versions and the implementation in use, in words fit for a bug report.
+def serves(tensor: Tensor) -> bool:
+    """Whether to call :func:`balanced_l1` for such a tensor, and not the plain formula.
 
-    Returns:
-        dict: ``balanced_learning``, ``torch``, ``python``: versions; ``cuda``: the CUDA version torch was built for;
-        ``gpu``: the devices torch sees; ``driver``: the CUDA version of their driver, as 13000 for 13.0; ``files``:
-            where the package is; ``balanced_l1_loss``: what computes the loss, and why.
-
-    Example:
-        >>> backend_info()["torch"] == torch.__version__
-        True
+    Not where the formula is transformed: compiled, it fuses with what is around it; vmap and forward-mode
+    differentiation take it apart.
     """
-    try:
-        version = metadata.version("balanced-learning")
-    except metadata.PackageNotFoundError:
-        version = "unknown: used without being installed"
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    driver = str(torch._C._cuda_getDriverVersion()) if gpus else "none that torch can use"  # type: ignore[attr-defined]
-    return {
-        "balanced_learning": version,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda or "none: this torch is built for the CPU alone",
-        "gpu": ", ".join(gpus) or "none that torch can use",
-        "driver": driver,
-        "files": str(Path(__file__).parent),
-        "balanced_l1_loss": "plain PyTorch: this version has no compiled kernels",
-    }
+    return (
+        _backend.has_kernels(tensor.device)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def balanced_l1(
+    input: Tensor, target: Tensor, weight: Tensor | None, alpha: float, gamma: float, beta: float, reduction: str
+) -> Tensor:
+    """Balanced L1 of tensors of one type, on one device, whose shapes broadcast."""
+    if input.shape != target.shape:
+        input, target = torch.broadcast_tensors(input, target)
+    if weight is not None:
+        weight = weight.expand_as(input)
+    return _Eager.apply(input, target, weight, alpha, gamma, beta, _REDUCTIONS[reduction])
+
+
+def _forward_fake(input: Tensor, target: Tensor, weight: Tensor | None, *parameters: Any) -> Tensor:
+    return input.new_empty(input.shape if parameters[-1] == _NONE else ())
+
+
+def _backward_fake(grad: Tensor, input: Tensor, *others: Any) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:-4])
+    ctx.parameters = inputs[-4:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, target, weight = ctx.saved_tensors
+    *function, reduction = ctx.parameters
+    needs_input, needs_target, needs_weight, *_ = ctx.needs_input_grad
+    grad_input = grad_weight = None
+    if needs_input or needs_target:
+        grad_input = _call(_backward_op, grad, input, target, weight, *function, reduction)
+    if needs_weight:
+        losses = _call(_forward_op, input, target, None, *function, _NONE)
+        grad_weight = losses * _share(grad, input, reduction)
+    return grad_input, -grad_input if needs_target else None, grad_weight, None, None, None, None
+
+
+def _double_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward op is linear in grad and in weight, and has the second derivative of the loss in input."""
+    grad, input, target, weight = ctx.saved_tensors
+    *function, reduction = ctx.parameters
+    needs_grad, needs_input, needs_target, needs_weight, *_ = ctx.needs_input_grad
+    grad_grad = grad_input = grad_weight = None
+    if needs_grad:
+        grad_grad = _call(_backward_op, grad_output, input, target, weight, *function, _NONE)
+        grad_grad = grad_grad if reduction == _NONE else _total(grad_grad.flatten(), reduction)
+    if needs_input or needs_target:
+        grad_input = grad_output * _share(grad, input, reduction) * _curvature(input - target, *function)
+        grad_input = grad_input if weight is None else grad_input * weight
+    if needs_weight:
+        gradients = _call(_backward_op, grad_output, input, target, None, *function, _NONE)
+        grad_weight = gradients * _share(grad, input, reduction)
+    return grad_grad, grad_input, -grad_input if needs_target else None, grad_weight, None, None, None, None
+
+
+class _Eager(torch.autograd.Function):
+    """The forward op with its backward, for eager mode: what is registered for the op would take twice the time."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _call(_forward_op, *inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def _call(op: torch._ops.OpOverload, *args: Any) -> Tensor:
+    """Calls the op; where nothing is differentiated, past the Python that would only find that out."""
+    if torch.is_grad_enabled():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _share(grad: Tensor, input: Tensor, reduction: int) -> Tensor:
+    """The gradient of each element's loss, from that of the result."""
+    return grad / max(input.numel(), 1) if reduction == _MEAN else grad
+
+
+def _total(values: Tensor, reduction: int) -> Tensor:
+    """The sum or mean of the last dimension; the mean of nothing is 0."""
+    total = values.sum(-1)
+    return total / max(values.shape[-1], 1) if reduction == _MEAN else total
+
+
+def _curvature(x: Tensor, alpha: float, gamma: float, beta: float) -> Tensor:
+    """The second derivative of the loss of an error x."""
+    b = math.expm1(gamma / alpha)
+    size = x.abs().to(torch.promote_types(x.dtype, torch.float32))
+    return torch.where(size < beta, alpha * b / (b * size + beta), 0).to(x.dtype)
+
+
+def _vmap_forward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+    *tensors, alpha, gamma, beta, reduction = inputs
+    losses = _forward_op(*_batched(tensors, in_dims, info.batch_size), alpha, gamma, beta, _NONE)
+    if reduction != _NONE:
+        losses = _total(losses.unsqueeze(-1).flatten(1), reduction)
+    return losses, 0
+
+
+def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+    *tensors, alpha, gamma, beta, reduction = inputs
+    grad, input, target, weight = _batched(tensors, in_dims, info.batch_size)
+    grad = _share(grad, input[0], reduction)
+    grad = grad.reshape(grad.shape + (1,) * (input.dim() - grad.dim())).expand_as(input)
+    return _backward_op(grad, input, target, weight, alpha, gamma, beta, _NONE), 0
+
+
+def _batched(tensors: list[Tensor | None], dims: tuple[int | None, ...], batch_size: int) -> list[Tensor | None]:
+    """The tensors with the batch dimension first."""
+    return [
+        None if tensor is None else tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in zip(tensors, dims, strict=False)
+    ]
+
+
+for _op, _fake, _derivative, _vmap in (
+    (_forward_op, _forward_fake, _backward, _vmap_forward),
+    (_backward_op, _backward_fake, _double_backward, _vmap_backward),
+):
+    torch.library.register_fake(_op, _fake, lib=_library)
+    torch.library.register_autograd(_op, _derivative, setup_context=_setup_context, lib=_library)
+    torch.library.register_vmap(_op, _vmap, lib=_library)
+for _device in ("cpu", "cuda"):
+    torch.library.register_autocast(_forward_op, _device, torch.float32, lib=_library)

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from . import _ops
+
 # Above this ratio b = exp(gamma / alpha) - 1 comes near the largest float32; the paper's ratios are 2 to 5.
 _MAX_GAMMA_OVER_ALPHA = 80.0
 
@@ -78,6 +80,14 @@ def balanced_l1_loss(
     if dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
         dtype = torch.float32
     compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    if _ops.serves(input):
+        uniform = input.dtype == target.dtype == dtype and (weight is None or weight.dtype == dtype)
+        if uniform and dtype.itemsize > 1:
+            return _ops.balanced_l1(input, target, weight, alpha, gamma, beta, reduction)
+        input, target = input.to(compute_dtype), target.to(compute_dtype)
+        weight = weight if weight is None else weight.to(compute_dtype)
+        return _ops.balanced_l1(input, target, weight, alpha, gamma, beta, reduction).to(dtype)
 
     loss = _balanced_l1(input.to(compute_dtype) - target.to(compute_dtype), alpha, gamma, beta)
     if weight is not None:
@@ -163,26 +173,24 @@ def _check_parameters(alpha: float, gamma: float, beta: float, reduction: str) -
 
 
 def _check_tensors(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
-    tensors = {"input": input, "target": target}
-    if weight is not None:
-        tensors["weight"] = weight
-    for name, tensor in tensors.items():
+    for name, tensor in (("input", input), ("target", target), ("weight", weight)):
+        if tensor is None and name == "weight":
+            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if name != "weight" and not tensor.is_floating_point():
+        if not tensor.is_floating_point() and name != "weight":
             raise TypeError(f"{name} must be of a floating-point type, got {tensor.dtype}")
         if tensor.device != input.device:
             raise ValueError(f"{name} must be on the device of input, {input.device}, got {tensor.device}")
+    shape = input.shape if input.shape == target.shape else _broadcast_shape(input.shape, target.shape)
+    if shape is None:
+        raise ValueError(f"target must broadcast with input of shape {tuple(input.shape)}, got {tuple(target.shape)}")
+    if weight is not None and weight.shape != shape and _broadcast_shape(weight.shape, shape) != shape:
+        raise ValueError(f"weight must be broadcastable to shape {tuple(shape)}, got {tuple(weight.shape)}")
+
+
+def _broadcast_shape(*shapes: torch.Size) -> torch.Size | None:
     try:
-        shape = torch.broadcast_shapes(input.shape, target.shape)
+        return torch.broadcast_shapes(*shapes)
     except RuntimeError:
-        raise ValueError(
-            f"target must broadcast with input of shape {tuple(input.shape)}, got {tuple(target.shape)}"
-        ) from None
-    if weight is not None:
-        try:
-            fits = torch.broadcast_shapes(weight.shape, shape) == shape
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise ValueError(f"weight must be broadcastable to shape {tuple(shape)}, got {tuple(weight.shape)}")
+        return None

@@ -46,7 +46,7 @@ class Inputs {
   }
 
   Tensor new_result(int64_t reduction) const {
-    return reduction == kNone ? torch::stable::empty_like(input_) : torch::stable::new_empty(input_, {});
+    return torch::stable::new_empty(input_, reduction == kNone ? input_.sizes() : torch::headeronly::IntHeaderOnlyArrayRef());
   }
 
   // The gradient of the result: one for all elements, or one for each.
