@@ -32,10 +32,10 @@ def serves(tensor: Tensor) -> bool:
     differentiation take it apart.
     """
     return (
-        _backend.has_kernels(tensor.device)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
+        and _backend.has_kernels(tensor.device)
     )
 
 

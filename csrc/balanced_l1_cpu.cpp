@@ -1,59 +1,14 @@
-#include <algorithm>
 #include <numeric>
 #include <vector>
 
 #include "balanced_l1.h"
+#include "cpu_chunks.h"
 #include "operands.h"
 
 namespace balanced_learning {
 namespace {
 
-// A chunk is computed in cache, one plain loop after the other. Its size is fixed, so that a sum has the same bits
-// whatever the number of threads.
-constexpr int64_t kChunk = 1024;
-constexpr int64_t kChunksPerTask = 8;
 constexpr int64_t kLanes = 64;
-
-// Runs body, with all that it calls inlined, as compiled for the widest vectors the processor has.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define AVX2 "avx2,fma"
-#define AVX512 AVX2 ",avx512f,avx512bw,avx512dq,avx512vl"
-template <class Body>
-[[gnu::flatten, gnu::target(AVX512)]] void run_avx512(const Body& body) {
-  body();
-}
-template <class Body>
-[[gnu::flatten, gnu::target(AVX2)]] void run_avx2(const Body& body) {
-  body();
-}
-template <class Body>
-void vectorized(const Body& body) {
-  if (__builtin_cpu_supports("x86-64-v4"))
-    run_avx512(body);
-  else if (__builtin_cpu_supports("x86-64-v3"))
-    run_avx2(body);
-  else
-    body();
-}
-#else
-template <class Body>
-void vectorized(const Body& body) {
-  body();
-}
-#endif
-
-int64_t num_chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
-
-// Calls body(begin, size) for each chunk.
-template <class Body>
-void for_each_chunk(int64_t numel, const Body& body) {
-  torch::stable::parallel_for(0, num_chunks(numel), kChunksPerTask, [&](int64_t first, int64_t last) {
-    vectorized([&] {
-      for (int64_t begin = first * kChunk; begin < std::min(last * kChunk, numel); begin += kChunk)
-        body(begin, std::min(kChunk, numel - begin));
-    });
-  });
-}
 
 // Where a chunk of out is computed: in place, or in buffer if its type is not the one to compute in.
 template <class T, class C>
@@ -147,9 +102,10 @@ Tensor balanced_l1_backward(const Tensor& grad, const Tensor& input, const Tenso
 }
 
 }  // namespace
-}  // namespace balanced_learning
 
 STABLE_TORCH_LIBRARY_IMPL(balanced_learning, CPU, library) {
-  library.impl("balanced_l1", TORCH_BOX(&balanced_learning::balanced_l1));
-  library.impl("balanced_l1_backward", TORCH_BOX(&balanced_learning::balanced_l1_backward));
+  library.impl("balanced_l1", TORCH_BOX(&balanced_l1));
+  library.impl("balanced_l1_backward", TORCH_BOX(&balanced_l1_backward));
 }
+
+}  // namespace balanced_learning

@@ -11,6 +11,7 @@
 
 namespace balanced_learning {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 enum Reduction : int64_t { kNone, kMean, kSum };
@@ -30,7 +31,7 @@ struct Operands {
 template <class Body>
 void dispatch(const Tensor& tensor, const Body& body) {
   THO_DISPATCH_V2(tensor.scalar_type(), "balanced_l1", AT_WRAP([&] { body(scalar_t(0)); }), AT_FLOATING_TYPES,
-                  torch::headeronly::ScalarType::Half, torch::headeronly::ScalarType::BFloat16);
+                  ScalarType::Half, ScalarType::BFloat16);
 }
 
 class Inputs {
