@@ -1,4 +1,4 @@
-"""Which compiled kernels serve, and if they do not, why."""
+"""Which compiled kernels there are, and why the others do not serve."""
 
 import ctypes
 import platform
@@ -8,87 +8,87 @@ from pathlib import Path
 
 import torch
 
-_LIBRARIES = {"cpu": Path(__file__).with_name("_cpu.so"), "cuda": Path(__file__).with_name("_cuda.so")}
-_FIRST_DRIVER = {12: 525, 13: 580}  # of each CUDA major version
+_LIBRARIES = {kind: Path(__file__).with_name(f"_{kind}.so") for kind in ("cpu", "cuda")}
+_FIRST_DRIVERS = {12: 525, 13: 580}  # of the major versions of CUDA
 
 
 def load() -> None:
-    """Loads the kernels that are installed and that this torch can run.
+    """Loads the kernels that are installed and that this torch can use.
 
     Raises:
-        ImportError: if a library is there but does not load. Without it the plain formula would serve, slower and
-            unnoticed.
+        ImportError: if kernels are there but do not load: to fall back then would hide it.
     """
-    for name, path in _LIBRARIES.items():
-        if _absence(name) is None:
+    for kind, path in _LIBRARIES.items():
+        if _absence(kind) is None:
             try:
                 torch.ops.load_library(path)
             except OSError as error:
-                raise ImportError(f"{path} is broken: {error}. Install balanced-learning anew.") from error
+                raise ImportError(f"{path} is broken; reinstall balanced-learning. Its error: {error}") from error
 
 
-@cache
 def has_kernels(device: torch.device) -> bool:
     """Whether compiled kernels can run on the device."""
-    return _problem(device.type, device.index) is None
+    return _problem(device) is None
 
 
 def backend_info() -> dict[str, str]:
-    """Reports the installed versions and the kernels in use, in words fit for a bug report.
+    """Reports the installed versions and the implementation in use, in words fit for a bug report.
 
     Returns:
         dict: ``balanced_learning``, ``torch``, ``python``: versions; ``cuda``: the CUDA version torch was built for;
-        ``gpu``: the devices torch sees; ``cpu_kernels``, ``cuda_kernels``: whether compiled kernels are in use there,
-        and if not, why. Where they are not, the plain formula computes the loss.
+        ``gpu``: the devices torch sees; ``balanced_l1_loss``: what computes the loss on each, and why.
 
     Example:
         >>> backend_info()["torch"] == torch.__version__
         True
     """
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    cuda_problems = [_problem("cuda", i) for i in range(len(gpus))] or [
-        _absence("cuda") or "installed, but torch sees no GPU"
-    ]
+    loss = {"CPU": _problem(torch.device("cpu"))}
+    loss |= {name: _problem(torch.device("cuda", i)) for i, name in enumerate(gpus)}
+    if not gpus:
+        loss["CUDA"] = _absence("cuda") or "the kernels are there, but torch sees no GPU"
     return {
         "balanced_learning": metadata.version("balanced-learning"),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "cuda": torch.version.cuda or "none: this torch is built for the CPU alone",
         "gpu": ", ".join(gpus) or "none that torch can use",
-        "cpu_kernels": _problem("cpu", None) or "in use",
-        "cuda_kernels": "; ".join(problem or "in use" for problem in dict.fromkeys(cuda_problems)),
+        "balanced_l1_loss": "; ".join(
+            f"{device}: {f'plain PyTorch ({problem})' if problem else 'compiled kernels'}"
+            for device, problem in loss.items()
+        ),
     }
 
 
-def _absence(name: str) -> str | None:
+def _absence(kind: str) -> str | None:
     """Why the kernels are not loaded, if they are not."""
-    if not _LIBRARIES[name].exists():
-        return f"not built: reinstall with BALANCED_LEARNING_BUILD={name} to see what is missing"
-    if name == "cuda" and torch.version.cuda is None:
-        return "not loaded: this torch is built for the CPU alone; install one with CUDA to use the GPU"
+    if not _LIBRARIES[kind].exists():
+        return f"not built: reinstall with BALANCED_LEARNING_BUILD={kind}, which will say what it needs"
+    if kind == "cuda" and torch.version.cuda is None:
+        return "not loaded: this torch is built for the CPU alone; install one with CUDA"
     return None
 
 
 @cache
-def _problem(device_type: str, index: int | None) -> str | None:
-    """Why the kernels cannot run on a device, if they cannot."""
-    if device_type not in _LIBRARIES:
-        return f"there are none for {device_type}"
-    absence = _absence(device_type)
-    if absence is not None or device_type == "cpu":
+def _problem(device: torch.device) -> str | None:
+    """Why kernels cannot run on the device, if they cannot."""
+    if device.type not in _LIBRARIES:
+        return f"there are no kernels for {device.type}"
+    absence = _absence(device.type)
+    if absence or device.type == "cpu":
         return absence
 
-    library = ctypes.CDLL(str(_LIBRARIES["cuda"]))
+    status = ctypes.CDLL(str(_LIBRARIES["cuda"])).balanced_learning_cuda_status
+    status.restype = ctypes.c_char_p
     driver, runtime = ctypes.c_int(), ctypes.c_int()
-    library.balanced_learning_cuda_status.restype = ctypes.c_char_p
-    error = library.balanced_learning_cuda_status(index, ctypes.byref(driver), ctypes.byref(runtime))
+    error = status(device.index, ctypes.byref(driver), ctypes.byref(runtime))
     if error is None:
         return None
-    needed, offered = (f"{version // 1000}.{version % 1000 // 10}" for version in (runtime.value, driver.value))
-    if driver.value // 1000 < runtime.value // 1000:
-        release = _FIRST_DRIVER.get(runtime.value // 1000)
+    needed, offered = (divmod(version.value // 10, 100) for version in (runtime, driver))
+    if offered[0] < needed[0]:
+        release = _FIRST_DRIVERS.get(needed[0])
         return (
-            f"the driver supports CUDA {offered}, the kernels need CUDA {needed}: install "
-            f"{f'NVIDIA driver {release} or newer' if release else 'a newer NVIDIA driver'}"
+            f"the driver supports CUDA {offered[0]}.{offered[1]}, the kernels need CUDA {needed[0]}: install "
+            + (f"NVIDIA driver {release} or newer" if release else "a newer NVIDIA driver")
         )
-    return f"the kernels, built with CUDA {needed}, do not run on this GPU: {error.decode()}"
+    return f"the kernels do not run on this GPU: {error.decode()}"

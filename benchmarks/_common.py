@@ -1,0 +1,74 @@
+"""What the benchmarks share: how they measure, and what they say about where they ran."""
+
+import argparse
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
+
+from balanced_learning import backend_info
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for what is written")
+    parser.add_argument("--quick", action="store_true", help="a small part, to see that it runs")
+    return parser
+
+
+def environment(device: str) -> dict[str, Any]:
+    """The device, the versions and the commit of a measurement."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu
+    return {"device": name, "versions": backend_info(), "commit": commit}
+
+
+def measure(function: Callable[[], Any], min_seconds: float) -> dict[str, float]:
+    """Median and interquartile range of the seconds that a call takes."""
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    result = timer.blocked_autorange(min_run_time=min_seconds)
+    return {"seconds": result.median, "iqr": result.iqr}
+
+
+def peak_memory(function: Callable[[], Any], device: str) -> int:
+    """The bytes that a call needs at a time, beyond what was there before."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    allocated = peak = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+    return peak
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints rows with the same keys as a Markdown table."""
+    cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    for line in cells:
+        print("| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+
+
+def write(file: Path, results: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"wrote {file}")

@@ -1,0 +1,49 @@
+"""What the tests of the ops and of their kernels share: the devices, and the comparison with the plain formula."""
+
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from balanced_learning import _backend, _ops, balanced_l1_loss
+
+REDUCTIONS = ("none", "mean", "sum")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 3e-6, torch.float64: 1e-13}
+
+
+def needs(device: str) -> pytest.MarkDecorator:
+    there = device == "cpu" or torch.cuda.is_available()
+    usable = there and _backend.has_kernels(torch.zeros(0, device=device).device)
+    return pytest.mark.skipif(not usable, reason=f"no kernels for {device} here")
+
+
+devices = pytest.mark.parametrize("device", [pytest.param(name, marks=needs(name)) for name in ("cpu", "cuda")])
+
+
+def formula(*args, **kwargs) -> Tensor:
+    with mock.patch.object(_ops, "serves", return_value=False):
+        return balanced_l1_loss(*args, **kwargs)
+
+
+def gradients(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], grad: Tensor, **kwargs) -> list[Tensor]:
+    """The result, and the gradients of input, target and, if there is one, weight, from the gradient of the result."""
+    tensors = tuple(tensor.detach().requires_grad_() for tensor in tensors)
+    input, target, *weight = tensors
+    result = function(input, target, weight=weight[0] if weight else None, **kwargs)
+    return [result.detach(), *torch.autograd.grad(result, tensors, grad.to(result))]
+
+
+def assert_agree(tensors: tuple[Tensor, ...], **kwargs) -> None:
+    """Kernels and formula agree, from a random incoming gradient; the formula in float64, on the same numbers."""
+    dtype = tensors[0].dtype
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors)) if kwargs["reduction"] == "none" else ()
+    grad = torch.randn(shape).to(tensors[0])
+    actual = gradients(balanced_l1_loss, tensors, grad, **kwargs)
+    expected = gradients(formula, tuple(tensor.double() for tensor in tensors), grad, **kwargs)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == dtype
+        size = theirs.abs().mean().item() if theirs.numel() else 0.0
+        torch.testing.assert_close(ours.double(), theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * size)

@@ -1,0 +1,117 @@
+"""Kernels that are absent, broken, or not for this machine: what serves, and what the user is told."""
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import balanced_learning
+from balanced_learning import _backend, backend_info
+
+PROGRAM = """
+import torch
+from balanced_learning import backend_info, balanced_l1_loss
+print(backend_info()["balanced_l1_loss"], balanced_l1_loss(torch.ones(3), torch.zeros(3)).item(), sep="|")
+"""
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A copy of the package without kernels."""
+    source = Path(balanced_learning.__file__).parent
+    shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    yield
+    _backend._problem.cache_clear()
+
+
+def run(folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "error", "-c", PROGRAM]
+    return subprocess.run(command, cwd=folder, env={"PYTHONPATH": str(folder)}, capture_output=True, text=True)
+
+
+def test_absent_is_silent(bare: Path) -> None:
+    result = run(bare)
+    assert result.stderr == ""
+    words, _, loss = result.stdout.partition("|")
+    assert words.count("not built") == 2
+    assert float(loss) == pytest.approx(1.0785896)
+
+
+def test_broken_raises_with_its_cause(bare: Path) -> None:
+    (bare / "balanced_learning" / "_cpu.so").write_bytes(b"no library")
+    result = run(bare)
+    assert result.returncode != 0
+    assert "ImportError" in result.stderr
+    assert "_cpu.so is broken" in result.stderr
+    assert "invalid ELF header" in result.stderr or "file too short" in result.stderr
+
+
+def test_cuda_kernels_beside_a_torch_without_cuda(bare: Path) -> None:
+    (bare / "balanced_learning" / "_cuda.so").write_bytes(b"not opened")
+    result = run(bare)
+    if torch.version.cuda is None:
+        assert result.returncode == 0
+        assert "CUDA: plain PyTorch (not loaded: this torch is built for the CPU alone" in result.stdout
+    else:
+        assert "_cuda.so is broken" in result.stderr
+
+
+class Library:
+    """Stands for the CUDA library on a machine with a GPU."""
+
+    def __init__(self, error: bytes | None, driver: int, runtime: int) -> None:
+        self.balanced_learning_cuda_status = mock.Mock(side_effect=self.status)
+        self.answer = error, driver, runtime
+
+    def status(self, device: int, driver, runtime) -> bytes | None:
+        error, driver._obj.value, runtime._obj.value = self.answer
+        return error
+
+
+@pytest.mark.parametrize(
+    ("library", "words"),
+    [
+        (Library(None, 13000, 13000), None),
+        (
+            Library(b"CUDA driver version is insufficient for CUDA runtime version", 12040, 13000),
+            "the driver supports CUDA 12.4, the kernels need CUDA 13: install NVIDIA driver 580 or newer",
+        ),
+        (
+            Library(b"no kernel image is available for execution on the device", 13000, 13000),
+            "the kernels do not run on this GPU: no kernel image is available for execution on the device",
+        ),
+    ],
+)
+def test_gpu_that_the_kernels_do_not_suit(library: Library, words: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "_cuda.so"
+    file.touch()
+    device = torch.device("cuda", 0)
+    _backend._problem.cache_clear()
+    with (
+        mock.patch.dict(_backend._LIBRARIES, cuda=file),
+        mock.patch.object(torch.version, "cuda", "13.0"),
+        mock.patch.object(ctypes, "CDLL", return_value=library),
+    ):
+        assert _backend._problem(device) == words
+
+
+def test_a_device_without_kernels_is_served_by_the_formula() -> None:
+    meta = torch.zeros(3, device="meta")
+    assert not _backend.has_kernels(meta.device)
+    assert balanced_learning.balanced_l1_loss(meta, meta).shape == ()
+
+
+def test_the_command_prints_the_report() -> None:
+    command = [sys.executable, "-m", "balanced_learning"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert all(key in printed and value in printed for key, value in backend_info().items())

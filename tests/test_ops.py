@@ -1,0 +1,170 @@
+"""The ops as torch sees them: registration, derivatives, transforms; layouts, types and errors of what they serve."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from kernels import DTYPES, REDUCTIONS, assert_agree, devices, formula, gradients
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from balanced_learning import _ops, balanced_l1_loss
+
+PARAMETERS = (0.5, 1.5, 0.7)
+
+pytestmark = devices
+
+
+@pytest.mark.parametrize("reduction", range(3), ids=REDUCTIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(device: str, reduction: int, weighted: bool, requires_grad: bool) -> None:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, requires_grad=requires_grad)
+
+    tensors = draw(3, 5), draw(3, 5), draw(3, 5) if weighted else None
+    grad = draw(3, 5) if reduction == 0 else draw()
+    torch.library.opcheck(_ops._forward_op, (*tensors, *PARAMETERS, reduction))
+    torch.library.opcheck(_ops._backward_op, (grad, *tensors, *PARAMETERS, reduction))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("eager", [True, False])
+def test_first_and_second_derivatives(device: str, reduction: str, weighted: bool, eager: bool) -> None:
+    def function(input: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        if eager:
+            return balanced_l1_loss(input, target, beta=0.7, weight=weight, reduction=reduction)
+        return _ops._forward_op(input, target, weight, *PARAMETERS, REDUCTIONS.index(reduction))
+
+    tensors = [torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2 + weighted)]
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
+@pytest.mark.parametrize("reduction", range(3), ids=REDUCTIONS)
+@pytest.mark.parametrize("dims", [(0, 1), (0, None), (None, 1)])
+def test_vmap(device: str, reduction: int, dims: tuple[int | None, int | None]) -> None:
+    def forward(input: Tensor, target: Tensor) -> Tensor:
+        return _ops._forward_op(input, target, None, *PARAMETERS, reduction)
+
+    def backward(input: Tensor, target: Tensor) -> Tensor:
+        grad = target * 2 if reduction == 0 else target.sum()
+        return _ops._backward_op(grad, input, target, None, *PARAMETERS, reduction)
+
+    batches = [torch.randn(4, 4, 3, device=device) if d is not None else torch.randn(4, 3, device=device) for d in dims]
+    samples = [
+        [batch if d is None else batch.select(d, i) for batch, d in zip(batches, dims, strict=True)] for i in range(4)
+    ]
+    for function in (forward, backward):
+        expected = torch.stack([function(*sample) for sample in samples])
+        torch.testing.assert_close(torch.vmap(function, dims)(*batches), expected)
+
+
+def test_vmap_over_scalars(device: str) -> None:
+    input = torch.randn(6, device=device)
+    losses = torch.vmap(lambda x: _ops._forward_op(x, x * 2, None, *PARAMETERS, 1))(input)
+    torch.testing.assert_close(losses, _ops._forward_op(input, input * 2, None, *PARAMETERS, 0))
+
+
+def test_transforms_that_see_the_formula(device: str) -> None:
+    input, target = torch.randn(2, 5, device=device)
+    hessian = torch.func.hessian(lambda x: balanced_l1_loss(x, target, reduction="sum"))(input)
+    torch.testing.assert_close(hessian, _ops._curvature(input - target, 0.5, 1.5, 1.0).diag())
+
+    _, expected = torch.autograd.functional.jvp(balanced_l1_loss, (input, target), (input, target))
+    with forward_ad.dual_level():
+        loss = balanced_l1_loss(forward_ad.make_dual(input, input), forward_ad.make_dual(target, target))
+        torch.testing.assert_close(forward_ad.unpack_dual(loss).tangent, expected)
+
+
+@pytest.mark.parametrize("of_the_op", [False, True])
+def test_compile(device: str, of_the_op: bool) -> None:
+    def function(input: Tensor, target: Tensor, weight: None) -> Tensor:
+        if of_the_op:
+            return _ops._forward_op(input, target, weight, 0.5, 1.5, 1.0, 1)
+        return balanced_l1_loss(input, target)
+
+    tensors, grad = tuple(torch.randn(2, 9, device=device)), torch.randn(())
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(gradients(compiled, tensors, grad), gradients(function, tensors, grad), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_autocast_of_the_op(device: str, dtype: torch.dtype) -> None:
+    input = torch.randn(9, device=device, dtype=dtype)
+    with torch.autocast(device, torch.bfloat16):
+        result = _ops._forward_op(input, -input, None, *PARAMETERS, 1)
+    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+LAYOUTS = {
+    "strided": lambda x: x[:, 3:40:3],
+    "transposed": lambda x: x.T,
+    "misaligned": lambda x: x.flatten()[1:],
+    "misaligned at both ends": lambda x: x.flatten()[3:-2],
+    "0-dim": lambda x: x[5, 7],
+    "expanded": lambda x: x[:, :1].expand(-1, 9),
+    "empty": lambda x: x[:, :0],
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(device: str, layout, reduction: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = tuple(layout(torch.randn(50, 60).to(device, dtype)) for _ in range(3))
+        assert_agree(tensors[:2], reduction=reduction)
+        assert_agree(tensors, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shapes", [((5, 4), (4,)), ((4,), (5, 4)), ((5, 1), (1, 4)), ((), (5, 4)), ((0, 4), (1, 4))])
+def test_broadcasting(device: str, shapes: tuple, reduction: str) -> None:
+    tensors = tuple(torch.randn(shape, device=device) for shape in shapes)
+    assert_agree(tensors, reduction=reduction)
+    assert_agree((*tensors, torch.rand(4, device=device)), reduction=reduction)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_result_types(device: str, autocast: bool) -> None:
+    for a, b, w in itertools.product(DTYPES, DTYPES, (None, torch.bool, torch.float16, torch.float64)):
+        input, target = torch.randn(9, device=device).to(a), torch.randn(9, device=device).to(b)
+        weight = None if w is None else torch.ones(9, dtype=w, device=device)
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            ours, theirs = balanced_l1_loss(input, target, weight=weight), formula(input, target, weight=weight)
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"input": torch.zeros(3, dtype=torch.int64)}, TypeError),
+        ({"target": torch.zeros(4)}, ValueError),
+        ({"target": torch.zeros(3, device="meta")}, ValueError),
+        ({"target": None}, TypeError),
+        ({"weight": torch.zeros(2)}, ValueError),
+        ({"weight": torch.zeros(2, 3)}, ValueError),
+        ({"weight": 1.0}, TypeError),
+        ({"alpha": 0.0}, ValueError),
+        ({"gamma": math.nan}, ValueError),
+        ({"alpha": 0.01}, ValueError),
+        ({"beta": -1.0}, ValueError),
+        ({"reduction": "max"}, ValueError),
+    ],
+)
+def test_the_same_errors_without_kernels(device: str, arguments: dict, error: type[Exception]) -> None:
+    def to_device(value):
+        return value.to(device) if isinstance(value, Tensor) and not value.is_meta else value
+
+    arguments = {name: to_device(value) for name, value in arguments.items()}
+    arguments = {"input": torch.zeros(3, device=device), "target": torch.zeros(3, device=device)} | arguments
+    messages = set()
+    for function in (balanced_l1_loss, formula):
+        with pytest.raises(error) as caught:
+            function(**arguments)
+        messages.add(str(caught.value))
+    assert len(messages) == 1
