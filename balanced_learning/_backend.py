@@ -42,13 +42,17 @@ def backend_info() -> dict[str, str]:
         >>> backend_info()["torch"] == torch.__version__
         True
     """
+    try:
+        version = metadata.version("balanced-learning")
+    except metadata.PackageNotFoundError:
+        version = "unknown: used without being installed"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     loss = {"CPU": _problem(torch.device("cpu"))}
     loss |= {name: _problem(torch.device("cuda", i)) for i, name in enumerate(gpus)}
     if not gpus:
         loss["CUDA"] = _absence("cuda") or "the kernels are there, but torch sees no GPU"
     return {
-        "balanced_learning": metadata.version("balanced-learning"),
+        "balanced_learning": version,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "cuda": torch.version.cuda or "none: this torch is built for the CPU alone",
