@@ -21,6 +21,7 @@ _ARGUMENTS = "Tensor input, Tensor target, Tensor? weight, float alpha, float ga
 _library.define(f"balanced_l1({_ARGUMENTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _library.define(f"balanced_l1_backward(Tensor grad, {_ARGUMENTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _backend.load()
+_CPU_KERNELS = _backend.has_kernels(torch.device("cpu"))
 _forward_op = torch.ops.balanced_learning.balanced_l1.default
 _backward_op = torch.ops.balanced_learning.balanced_l1_backward.default
 
@@ -28,15 +29,14 @@ _backward_op = torch.ops.balanced_learning.balanced_l1_backward.default
 def serves(tensor: Tensor) -> bool:
     """Whether to call :func:`balanced_l1` for such a tensor, and not the plain formula.
 
-    Not where the formula is transformed: compiled, it fuses with what is around it; vmap and forward-mode
-    differentiation take it apart.
+    Not for function transforms, which take the formula apart, and not where torch compiles for a GPU, where it makes
+    one kernel of the formula and what is around it. (What it makes of it on the CPU is slower than ours.)
     """
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and _backend.has_kernels(tensor.device)
-    )
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if torch.compiler.is_compiling():
+        return _CPU_KERNELS and tensor.device.type == "cpu"
+    return _backend.has_kernels(tensor.device)
 
 
 def balanced_l1(
@@ -47,7 +47,8 @@ def balanced_l1(
         input, target = torch.broadcast_tensors(input, target)
     if weight is not None:
         weight = weight.expand_as(input)
-    return _Eager.apply(input, target, weight, alpha, gamma, beta, _REDUCTIONS[reduction])
+    function = _forward_op if torch.compiler.is_compiling() else _Eager.apply
+    return function(input, target, weight, alpha, gamma, beta, _REDUCTIONS[reduction])
 
 
 def _forward_fake(input: Tensor, target: Tensor, weight: Tensor | None, *parameters: Any) -> Tensor:
@@ -72,7 +73,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_input = _call(_backward_op, grad, input, target, weight, *function, reduction)
     if needs_weight:
         losses = _call(_forward_op, input, target, None, *function, _NONE)
-        grad_weight = losses * _share(grad, input, reduction)
+        grad_weight = _share(losses * grad, reduction)
     return grad_input, -grad_input if needs_target else None, grad_weight, None, None, None, None
 
 
@@ -86,11 +87,11 @@ def _double_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]
         grad_grad = _call(_backward_op, grad_output, input, target, weight, *function, _NONE)
         grad_grad = grad_grad if reduction == _NONE else _total(grad_grad.flatten(), reduction)
     if needs_input or needs_target:
-        grad_input = grad_output * _share(grad, input, reduction) * _curvature(input - target, *function)
+        grad_input = _share(grad_output * grad * _curvature(input - target, *function), reduction)
         grad_input = grad_input if weight is None else grad_input * weight
     if needs_weight:
         gradients = _call(_backward_op, grad_output, input, target, None, *function, _NONE)
-        grad_weight = gradients * _share(grad, input, reduction)
+        grad_weight = _share(gradients * grad, reduction)
     return grad_grad, grad_input, -grad_input if needs_target else None, grad_weight, None, None, None, None
 
 
@@ -114,9 +115,9 @@ def _call(op: torch._ops.OpOverload, *args: Any) -> Tensor:
         return op(*args)
 
 
-def _share(grad: Tensor, input: Tensor, reduction: int) -> Tensor:
-    """The gradient of each element's loss, from that of the result."""
-    return grad / max(input.numel(), 1) if reduction == _MEAN else grad
+def _share(gradients: Tensor, reduction: int) -> Tensor:
+    """What a mean makes of the gradients of all its elements."""
+    return gradients / gradients.numel() if reduction == _MEAN else gradients
 
 
 def _total(values: Tensor, reduction: int) -> Tensor:
@@ -143,9 +144,9 @@ def _vmap_forward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> t
 def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
     *tensors, alpha, gamma, beta, reduction = inputs
     grad, input, target, weight = _batched(tensors, in_dims, info.batch_size)
-    grad = _share(grad, input[0], reduction)
     grad = grad.reshape(grad.shape + (1,) * (input.dim() - grad.dim())).expand_as(input)
-    return _backward_op(grad, input, target, weight, alpha, gamma, beta, _NONE), 0
+    gradients = _backward_op(grad, input, target, weight, alpha, gamma, beta, _NONE)
+    return gradients / input[0].numel() if reduction == _MEAN else gradients, 0
 
 
 def _batched(tensors: list[Tensor | None], dims: tuple[int | None, ...], batch_size: int) -> list[Tensor | None]:

@@ -79,17 +79,27 @@ def test_transforms_that_see_the_formula(device: str) -> None:
         torch.testing.assert_close(forward_ad.unpack_dual(loss).tangent, expected)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("of_the_op", [False, True])
-def test_compile(device: str, of_the_op: bool) -> None:
-    def function(input: Tensor, target: Tensor, weight: None) -> Tensor:
+def test_compile(device: str, of_the_op: bool, reduction: str) -> None:
+    def function(input: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         if of_the_op:
-            return _ops._forward_op(input, target, weight, 0.5, 1.5, 1.0, 1)
-        return balanced_l1_loss(input, target)
+            return _ops._forward_op(input, target, weight, 0.5, 1.5, 1.0, REDUCTIONS.index(reduction))
+        return balanced_l1_loss(input, target, weight=weight, reduction=reduction)
 
-    tensors, grad = tuple(torch.randn(2, 9, device=device)), torch.randn(())
+    tensors, grad = tuple(torch.randn(3, 9, device=device)), torch.randn(9 if reduction == "none" else ())
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for ours, theirs in zip(gradients(compiled, tensors, grad), gradients(function, tensors, grad), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_compile_of_a_transform(device: str) -> None:
+    def losses(input: Tensor, target: Tensor) -> Tensor:
+        return torch.vmap(balanced_l1_loss)(input, target)
+
+    input, target = torch.randn(2, 4, 9, device=device)
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(input, target), losses(input, target))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
