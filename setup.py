@@ -1,4 +1,4 @@
-"""Builds the kernels that BALANCED_LEARNING_BUILD asks for: auto (those that the machine can build), none, cpu, cuda."""
+"""Builds the kernels that BALANCED_LEARNING_BUILD asks for: auto (what the machine can build), none, cpu or cuda."""
 
 import os
 import shutil
@@ -27,10 +27,10 @@ def missing(kind: str) -> str | None:
     """What it would take to build these kernels, if they cannot be built."""
     if os.name == "nt":
         return "Linux or macOS"
-    if not (TORCH / "include/torch/csrc/stable").exists():
-        return "torch"
     if shutil.which(COMPILER) is None:
         return f"a C++ compiler: there is no {COMPILER}, and CXX could name another"
+    if not (TORCH / "include/torch/csrc/stable").exists():
+        return "torch"
     if kind == "cuda" and shutil.which(NVCC) is None:
         return f"nvcc: there is no {NVCC}, and CUDA_HOME could lead elsewhere"
     if kind == "cuda" and not (TORCH / "lib/libtorch_cuda.so").exists():

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 _LIBRARIES = {kind: Path(__file__).with_name(f"_{kind}.so") for kind in ("cpu", "cuda")}
-_FIRST_DRIVERS = {12: 525, 13: 580}  # of the major versions of CUDA
+_DRIVERS = {12: "NVIDIA driver 525 or newer", 13: "NVIDIA driver 580 or newer"}  # by the CUDA version of the kernels
 
 
 def load() -> None:
@@ -88,11 +88,8 @@ def _problem(device: torch.device) -> str | None:
     error = status(device.index, ctypes.byref(driver), ctypes.byref(runtime))
     if error is None:
         return None
-    needed, offered = (divmod(version.value // 10, 100) for version in (runtime, driver))
-    if offered[0] < needed[0]:
-        release = _FIRST_DRIVERS.get(needed[0])
-        return (
-            f"the driver supports CUDA {offered[0]}.{offered[1]}, the kernels need CUDA {needed[0]}: install "
-            + (f"NVIDIA driver {release} or newer" if release else "a newer NVIDIA driver")
-        )
+    needed, offered = runtime.value // 1000, driver.value // 1000
+    if offered < needed:
+        remedy = _DRIVERS.get(needed, "a newer NVIDIA driver")
+        return f"the driver is for CUDA {offered}, the kernels need CUDA {needed}: install {remedy}"
     return f"the kernels do not run on this GPU: {error.decode()}"

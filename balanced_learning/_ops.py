@@ -74,7 +74,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if needs_weight:
         losses = _call(_forward_op, input, target, None, *function, _NONE)
         grad_weight = _share(losses * grad, reduction)
-    return grad_input, -grad_input if needs_target else None, grad_weight, None, None, None, None
+    return grad_input, _negative(grad_input, needs_target), grad_weight, None, None, None, None
 
 
 def _double_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -92,7 +92,7 @@ def _double_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]
     if needs_weight:
         gradients = _call(_backward_op, grad_output, input, target, None, *function, _NONE)
         grad_weight = _share(gradients * grad, reduction)
-    return grad_grad, grad_input, -grad_input if needs_target else None, grad_weight, None, None, None, None
+    return grad_grad, grad_input, _negative(grad_input, needs_target), grad_weight, None, None, None, None
 
 
 class _Eager(torch.autograd.Function):
@@ -115,6 +115,11 @@ def _call(op: torch._ops.OpOverload, *args: Any) -> Tensor:
         return op(*args)
 
 
+def _negative(grad_input: Tensor | None, needed: bool) -> Tensor | None:
+    """The gradient of target."""
+    return -grad_input if needed and grad_input is not None else None
+
+
 def _share(gradients: Tensor, reduction: int) -> Tensor:
     """What a mean makes of the gradients of all its elements."""
     return gradients / gradients.numel() if reduction == _MEAN else gradients
@@ -134,23 +139,24 @@ def _curvature(x: Tensor, alpha: float, gamma: float, beta: float) -> Tensor:
 
 
 def _vmap_forward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-    *tensors, alpha, gamma, beta, reduction = inputs
-    losses = _forward_op(*_batched(tensors, in_dims, info.batch_size), alpha, gamma, beta, _NONE)
+    *_, reduction = inputs
+    tensors = _batched(inputs[:-4], in_dims, info.batch_size)
+    losses = _forward_op(*tensors, *inputs[-4:-1], _NONE)
     if reduction != _NONE:
         losses = _total(losses.unsqueeze(-1).flatten(1), reduction)
     return losses, 0
 
 
 def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-    *tensors, alpha, gamma, beta, reduction = inputs
-    grad, input, target, weight = _batched(tensors, in_dims, info.batch_size)
+    *_, reduction = inputs
+    grad, input, *others = _batched(inputs[:-4], in_dims, info.batch_size)
     grad = grad.reshape(grad.shape + (1,) * (input.dim() - grad.dim())).expand_as(input)
-    gradients = _backward_op(grad, input, target, weight, alpha, gamma, beta, _NONE)
+    gradients = _backward_op(grad, input, *others, *inputs[-4:-1], _NONE)
     return gradients / input[0].numel() if reduction == _MEAN else gradients, 0
 
 
-def _batched(tensors: list[Tensor | None], dims: tuple[int | None, ...], batch_size: int) -> list[Tensor | None]:
-    """The tensors with the batch dimension first."""
+def _batched(tensors: tuple[Any, ...], dims: tuple[int | None, ...], batch_size: int) -> list[Any]:
+    """The tensors with the batch dimension first; weight may be None."""
     return [
         None if tensor is None else tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
         for tensor, dim in zip(tensors, dims, strict=False)

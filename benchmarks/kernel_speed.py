@@ -2,15 +2,15 @@
 
     python benchmarks/kernel_speed.py
 
-Prints the times of forward and backward together as multiples of those of smooth L1, and the peak memory as a multiple
-of the gradient's. Writes benchmarks/results/kernel_speed_<cpu|cuda>.json with all times, device, versions and commit,
-and a figure of the same name.
+Prints times, the time of forward and backward together over that of smooth L1, and the peak memory over that of the
+gradient. Writes kernel_speed_<cpu|cuda>.json, with all times, device, versions and commit, and a figure of that name.
 """
 
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -20,9 +20,30 @@ from torch import Tensor
 
 from balanced_learning import _ops, balanced_l1_loss
 
-SIZES = [256, 2_048, 8_192, 65_536, 800_000, 4_000_000, 16_000_000, 64_000_000]
-MIDDLE = 800_000  # where types and reductions are compared: the anchors of a batch
-QUICK_SIZES = [256, 2_048, 65_536]
+Loss = Callable[[Tensor, Tensor, str], Tensor]
+
+
+class Case(NamedTuple):
+    elements: int
+    dtype: str = "float32"
+    reduction: str = "sum"
+
+
+MIDDLE = 800_000  # about the coordinates of the anchors of three images
+QUICK = [Case(n) for n in (256, 2_048, 65_536)]
+FULL = [
+    *(Case(n) for n in (256, 2_048, 8_192, 65_536, MIDDLE, 4_000_000, 16_000_000, 64_000_000)),
+    *(Case(MIDDLE, dtype=name) for name in ("float16", "bfloat16", "float64")),
+    *(Case(MIDDLE, reduction=name) for name in ("none", "mean")),
+]
+
+
+def smooth_l1(input: Tensor, target: Tensor, reduction: str) -> Tensor:
+    return F.smooth_l1_loss(input, target, reduction=reduction)
+
+
+def balanced_l1(input: Tensor, target: Tensor, reduction: str) -> Tensor:
+    return balanced_l1_loss(input, target, reduction=reduction)
 
 
 def mmdet_formula(input: Tensor, target: Tensor, reduction: str) -> Tensor:
@@ -32,119 +53,99 @@ def mmdet_formula(input: Tensor, target: Tensor, reduction: str) -> Tensor:
     size = (input - target).abs()
     inlier = alpha / b * (b * size + 1) * (b * size / beta + 1).log() - alpha * size
     loss = torch.where(size < beta, inlier, gamma * size + gamma / b - alpha * beta)
-    return {"none": lambda: loss, "mean": loss.mean, "sum": loss.sum}[reduction]()
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
-def fused(input: Tensor, target: Tensor, reduction: str) -> Tensor:
-    return balanced_l1_loss(input, target, reduction=reduction)
-
-
-def smooth_l1(input: Tensor, target: Tensor, reduction: str) -> Tensor:
-    return F.smooth_l1_loss(input, target, reduction=reduction)
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {
-    "smooth L1": smooth_l1,
-    "fused": fused,
-    "formula": fused,  # without the kernels
-    "compiled formula": torch.compile(fused, dynamic=True),
+BASELINE, PLAIN, COMPILED = "smooth L1", "plain formula", "compiled formula"
+LOSSES: dict[str, Loss] = {
+    BASELINE: smooth_l1,
+    "fused": balanced_l1,
+    PLAIN: balanced_l1,
+    COMPILED: torch.compile(balanced_l1, dynamic=True),
     "mmdet's formula": mmdet_formula,
 }
 
 
 def main() -> None:
-    arguments = parser(__doc__)
-    args = arguments.parse_args()
+    args = parser(__doc__).parse_args()
     torch.set_num_threads(args.threads)
     seconds = 0.01 if args.quick else 0.1
-    cases = [(n, torch.float32, "sum") for n in (QUICK_SIZES if args.quick else SIZES)]
-    if not args.quick:
-        cases += [(MIDDLE, dtype, "sum") for dtype in (torch.float16, torch.bfloat16, torch.float64)]
-        cases += [(MIDDLE, torch.float32, reduction) for reduction in ("none", "mean")]
-
+    names = [name for name in LOSSES if not (args.quick and name == COMPILED)]  # compiling takes longer than all else
     rows: list[dict[str, Any]] = []
-    for numel, dtype, reduction in cases:
-        copied = copy_bandwidth(numel, dtype, args.device, seconds) if args.device == "cuda" else None
-        for name, loss in LOSSES.items():
-            if args.quick and name == "compiled formula":
-                continue  # compiling takes longer than all else
-            case = {"elements": numel, "dtype": str(dtype).removeprefix("torch."), "reduction": reduction}
-            with mock.patch.object(_ops, "serves", new=lambda _: False) if name == "formula" else nullcontext():
-                rows.append({**case, "loss": name, **costs(loss, numel, dtype, reduction, args.device, seconds)})
-            if copied is not None:
-                rows[-1] |= shares_of_bandwidth(rows[-1], dtype, copied)
-        print_table([summary(row, rows) for row in rows[-len(LOSSES) + args.quick :]])
+    for case in QUICK if args.quick else FULL:
+        copied = copy_bandwidth(case, args.device, seconds) if args.device == "cuda" else None
+        group = {name: costs(name, case, args.device, seconds) for name in names}
+        if copied is not None:
+            for row in group.values():
+                row |= shares_of_bandwidth(case, row, copied)
+        print_table([{"loss": name, **summary(case, row, group[BASELINE])} for name, row in group.items()])
+        rows += [{**case._asdict(), "loss": name, **row} for name, row in group.items()]
 
     stem = f"kernel_speed_{args.device}"
     write(args.output / f"{stem}.json", {**environment(args.device), "rows": rows})
     draw([row for row in rows if (row["dtype"], row["reduction"]) == ("float32", "sum")], args.output / f"{stem}.png")
 
 
-def costs(
-    loss: Callable[[Tensor, Tensor, str], Tensor],
-    numel: int,
-    dtype: torch.dtype,
-    reduction: str,
-    device: str,
-    seconds: float,
-) -> dict[str, Any]:
+def costs(name: str, case: Case, device: str, seconds: float) -> dict[str, Any]:
     """The times of forward, backward and both, and the memory that both need."""
-    generator = torch.Generator(device).manual_seed(0)
-    input = torch.randn(numel, generator=generator, device=device).to(dtype).requires_grad_()
-    target = torch.randn(numel, generator=generator, device=device).to(dtype)
-    grad = torch.ones(numel if reduction == "none" else (), dtype=dtype, device=device)
+    loss, dtype = LOSSES[name], getattr(torch, case.dtype)
+    input, target = torch.randn(2, case.elements, device=device).to(dtype)
+    input.requires_grad_()
+    grad = torch.ones(case.elements if case.reduction == "none" else (), dtype=dtype, device=device)
 
     def forward() -> Tensor:
-        return loss(input, target, reduction)
+        return loss(input, target, case.reduction)
 
     def both() -> None:
         input.grad = None
         forward().backward(grad)
 
-    both()
-    input.grad = None
-    memory = peak_memory(both, device)
-    result = forward()
-    return {
-        "forward": measure(forward, seconds),
-        "backward": measure(lambda: torch.autograd.grad(result, input, grad, retain_graph=True), seconds),
-        "both": measure(both, seconds),
-        "peak_bytes": memory,
-    }
+    with mock.patch.object(_ops, "serves", _never) if name in (PLAIN, COMPILED) else nullcontext():
+        both()
+        input.grad = None
+        memory = peak_memory(both, device)
+        result = forward()
+        return {
+            "forward": measure(forward, seconds),
+            "backward": measure(lambda: torch.autograd.grad(result, input, grad, retain_graph=True), seconds),
+            "both": measure(both, seconds),
+            "peak_bytes": memory,
+            "gradient_bytes": input.nbytes,
+        }
 
 
-def copy_bandwidth(numel: int, dtype: torch.dtype, device: str, seconds: float) -> float:
+def _never(tensor: Tensor) -> bool:
+    return False
+
+
+def copy_bandwidth(case: Case, device: str, seconds: float) -> float:
     """Bytes a second, read and written, of copying a tensor."""
-    source = torch.zeros(numel, dtype=dtype, device=device)
+    source = torch.zeros(case.elements, dtype=getattr(torch, case.dtype), device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / measure(lambda: target.copy_(source), seconds)["seconds"]
 
 
-def shares_of_bandwidth(row: dict[str, Any], dtype: torch.dtype, copied: float) -> dict[str, float]:
-    """How fast the loss reads what it must read and writes what it must write, as a share of copying."""
-    moved = {"forward": 3 if row["reduction"] == "none" else 2, "backward": 4 if row["reduction"] == "none" else 3}
-    tensor_bytes = row["elements"] * dtype.itemsize
+def shares_of_bandwidth(case: Case, row: dict[str, Any], copied: float) -> dict[str, float]:
+    """How fast the loss reads and writes what it must, as a share of copying."""
+    extra = case.reduction == "none"  # the losses, their gradients
+    tensors = {"forward": 2 + extra, "backward": 3 + extra}
     return {
-        f"{part}_bandwidth": tensors * tensor_bytes / row[part]["seconds"] / copied for part, tensors in moved.items()
+        f"{part}_bandwidth": count * row["gradient_bytes"] / row[part]["seconds"] / copied
+        for part, count in tensors.items()
     }
 
 
-def summary(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
-    case = [row[key] for key in ("elements", "dtype", "reduction")]
-    smooth = next(other for other in rows if other["loss"] == "smooth L1" and [*other.values()][:3] == case)
-    gradient_bytes = row["elements"] * getattr(torch, row["dtype"]).itemsize
-    cells = dict(zip(("elements", "dtype", "reduction", "loss"), (f"{row['elements']:,}", *case[1:], row["loss"])))
+def summary(case: Case, row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, str]:
+    cells = {"elements": f"{case.elements:,}", "type": case.dtype, "reduction": case.reduction}
     cells |= {f"{part} ms": f"{1e3 * row[part]['seconds']:.3f}" for part in ("forward", "backward", "both")}
-    cells["/ smooth L1"] = f"{row['both']['seconds'] / smooth['both']['seconds']:.2f}"
-    cells["memory / gradient"] = f"{row['peak_bytes'] / gradient_bytes:.2f}"
-    for part in ("forward", "backward"):
-        if f"{part}_bandwidth" in row:
-            cells[f"{part} / copy"] = f"{row[f'{part}_bandwidth']:.2f}"
-    return cells
+    cells[f"both / {BASELINE}"] = f"{row['both']['seconds'] / baseline['both']['seconds']:.2f}"
+    cells["memory / gradient"] = f"{row['peak_bytes'] / row['gradient_bytes']:.2f}"
+    shares = {part: row.get(f"{part}_bandwidth") for part in ("forward", "backward")}
+    return cells | {f"{part} / copy": f"{share:.2f}" for part, share in shares.items() if share is not None}
 
 
-def draw(rows: list[dict[str, Any]], file: Any) -> None:
-    """Milliseconds of forward and backward over elements, one line for each way to compute them."""
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Milliseconds of forward and backward over elements, one line for each loss."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -84,7 +84,7 @@ class Library:
         (Library(None, 13000, 13000), None),
         (
             Library(b"CUDA driver version is insufficient for CUDA runtime version", 12040, 13000),
-            "the driver supports CUDA 12.4, the kernels need CUDA 13: install NVIDIA driver 580 or newer",
+            "the driver is for CUDA 12, the kernels need CUDA 13: install NVIDIA driver 580 or newer",
         ),
         (
             Library(b"no kernel image is available for execution on the device", 13000, 13000),

@@ -23,7 +23,7 @@ def test_agree_with_the_formula(device: str, dtype: torch.dtype, reduction: str,
 
 
 def scalar_loop(x: float, alpha: float, gamma: float, beta: float) -> tuple[float, float]:
-    """Equations 8 and 6 in float64: the loss of one error, by its series where its terms would cancel, and the slope."""
+    """Equations 8 and 6 in float64: the loss of one error, as a series where its terms would cancel, and the slope."""
     b, u = math.expm1(gamma / alpha), abs(x) / beta
     if u >= 1:
         return beta * (gamma * u + gamma / b - alpha), math.copysign(gamma, x)
@@ -68,7 +68,7 @@ def test_any_magnitude(device: str, magnitude: float) -> None:
 def test_tend_to_smooth_l1(device: str) -> None:
     tensors, grad = tuple(torch.randn(2, 3000, device=device)), torch.randn(())
     ours = gradients(balanced_l1_loss, tensors, grad, alpha=1e6, gamma=1.0)
-    theirs = gradients(lambda input, target, weight: F.smooth_l1_loss(input, target), tensors, grad)
+    theirs = gradients(lambda x, t, weight: F.smooth_l1_loss(x, t), tensors, grad)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=3e-6, atol=1e-9)
 
