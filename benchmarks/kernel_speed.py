@@ -69,6 +69,7 @@ LOSSES: dict[str, Loss] = {
 def main() -> None:
     args = parser(__doc__).parse_args()
     torch.set_num_threads(args.threads)
+    torch._functorch.config.donated_buffer = False  # or compiled code could not go backward twice
     seconds = 0.01 if args.quick else 0.1
     names = [name for name in LOSSES if not (args.quick and name == COMPILED)]  # compiling takes longer than all else
     rows: list[dict[str, Any]] = []
