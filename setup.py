@@ -15,7 +15,7 @@ from setuptools.errors import CompileError
 MODE = os.environ.get("BALANCED_LEARNING_BUILD", "auto")
 COMPILER = os.environ.get("CXX", "c++")
 NVCC = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
-ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "7.5;8.0;8.6;9.0;10.0;12.0+PTX")
+ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "7.5;8.0;8.6;9.0;10.0;12.0+PTX").replace(" ", ";")
 TORCH = Path((find_spec("torch") or find_spec("os")).origin).parent
 
 # The stable ABI of torch 2.11: built with one later torch, the kernels run with any.
@@ -47,7 +47,7 @@ def command(kind: str, output: str) -> list[str]:
     targets = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
     if ARCHITECTURES.endswith("+PTX"):
         targets.append(f"-gencode=arch=compute_{codes[-1]},code=compute_{codes[-1]}")
-    options = ["-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xlinker=--exclude-libs,ALL", "--threads=0"]
+    options = ["-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xlinker=--exclude-libs,ALL"]
     return [NVCC, *FLAGS, *options, *targets, *files, "-ltorch_cuda"]
 
 

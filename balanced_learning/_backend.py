@@ -36,7 +36,8 @@ def backend_info() -> dict[str, str]:
 
     Returns:
         dict: ``balanced_learning``, ``torch``, ``python``: versions; ``cuda``: the CUDA version torch was built for;
-        ``gpu``: the devices torch sees; ``balanced_l1_loss``: what computes the loss on each, and why.
+        ``gpu``: the devices torch sees; ``driver``: the CUDA version of their driver; ``files``: the kernels that were
+        loaded; ``balanced_l1_loss``: what computes the loss on each device, and why.
 
     Example:
         >>> backend_info()["torch"] == torch.__version__
@@ -51,12 +52,16 @@ def backend_info() -> dict[str, str]:
     loss |= {name: _problem(torch.device("cuda", i)) for i, name in enumerate(gpus)}
     if not gpus:
         loss["CUDA"] = _absence("cuda") or "the kernels are there, but torch sees no GPU"
+    driver = torch._C._cuda_getDriverVersion() if gpus else 0  # type: ignore[attr-defined]
+    files = [str(path) for kind, path in _LIBRARIES.items() if _absence(kind) is None]
     return {
         "balanced_learning": version,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "cuda": torch.version.cuda or "none: this torch is built for the CPU alone",
         "gpu": ", ".join(gpus) or "none that torch can use",
+        "driver": f"CUDA {driver // 1000}.{driver % 1000 // 10}" if gpus else "none that torch can use",
+        "files": ", ".join(files) or f"no kernels in {Path(__file__).parent}",
         "balanced_l1_loss": "; ".join(
             f"{device}: {f'plain PyTorch ({problem})' if problem else 'compiled kernels'}"
             for device, problem in loss.items()

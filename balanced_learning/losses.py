@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from . import _ops
 
-# Above this ratio b = exp(gamma / alpha) - 1 comes near the largest float32; the paper's ratios are 2 to 5.
-_MAX_GAMMA_OVER_ALPHA = 80.0
+# Beyond these, b = exp(gamma / alpha) - 1 or b / beta comes near the largest float32; the paper's ratios are 2 to 5.
+_MAX_GAMMA_OVER_ALPHA, _MAX_B_OVER_BETA = 80.0, 1e38
 
 
 def balanced_l1_loss(
@@ -60,8 +60,9 @@ def balanced_l1_loss(
     Raises:
         TypeError: if ``input``, ``target`` or ``weight`` is not a tensor, or ``input`` or ``target`` not of a
             floating-point type.
-        ValueError: if alpha, gamma or beta is not finite and > 0, if gamma / alpha is above 80 (b would overflow), if
-            ``reduction`` is unknown, if the shapes do not broadcast or the devices differ.
+        ValueError: if alpha, gamma or beta is not finite and > 0, if gamma / alpha is above 80 or b / beta above 1e38
+            (there float32 would overflow), if ``reduction`` is unknown, if the shapes do not broadcast or the devices
+            differ.
 
     Reference:
         Jiangmiao Pang, Kai Chen, Jianping Shi, Huajun Feng, Wanli Ouyang, Dahua Lin:
@@ -81,18 +82,12 @@ def balanced_l1_loss(
         dtype = torch.float32
     compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
-    if _ops.serves(input):
-        uniform = input.dtype == target.dtype == dtype and (weight is None or weight.dtype == dtype)
-        if uniform and dtype.itemsize > 1:
-            return _ops.balanced_l1(input, target, weight, alpha, gamma, beta, reduction)
+    kernels = _ops.serves(input)
+    if not kernels or dtype.itemsize == 1 or any(t is not None and t.dtype != dtype for t in (input, target, weight)):
         input, target = input.to(compute_dtype), target.to(compute_dtype)
-        weight = weight if weight is None else weight.to(compute_dtype)
-        return _ops.balanced_l1(input, target, weight, alpha, gamma, beta, reduction).to(dtype)
-
-    loss = _balanced_l1(input.to(compute_dtype) - target.to(compute_dtype), alpha, gamma, beta)
-    if weight is not None:
-        loss = loss * weight.to(compute_dtype)
-    return _reduce(loss, reduction).to(dtype)
+        weight = None if weight is None else weight.to(compute_dtype)
+    evaluate = _ops.balanced_l1 if kernels else _formula
+    return evaluate(input, target, weight, alpha, gamma, beta, reduction).to(dtype)
 
 
 class BalancedL1Loss(nn.Module):
@@ -127,14 +122,18 @@ class BalancedL1Loss(nn.Module):
         return f"alpha={self.alpha}, gamma={self.gamma}, beta={self.beta}, reduction={self.reduction!r}"
 
 
-def _balanced_l1(x: Tensor, alpha: float, gamma: float, beta: float) -> Tensor:
-    """The loss of each error x: L_1 on the inlier part of |x| / beta, and slope gamma on what exceeds it."""
+def _formula(
+    input: Tensor, target: Tensor, weight: Tensor | None, alpha: float, gamma: float, beta: float, reduction: str
+) -> Tensor:
+    """Balanced L1 in plain PyTorch: L_1 on the inlier part of |x| / beta, and slope gamma on what exceeds it."""
+    x = input - target
     b = math.expm1(gamma / alpha)
     u = torch.where(x < 0, -x, x) / beta  # |x| has no slope at 0 for autograd, and so would L no curvature
     is_outlier = u >= 1
     inlier = torch.where(is_outlier, 1.0, u)
     excess = torch.where(is_outlier, u - 1, 0.0)
-    return beta * (alpha * inlier * _mean_log1p(b * inlier) + gamma * excess)
+    loss = beta * (alpha * inlier * _mean_log1p(b * inlier) + gamma * excess)
+    return _reduce(loss if weight is None else loss * weight, reduction)
 
 
 def _mean_log1p(z: Tensor) -> Tensor:
@@ -163,10 +162,10 @@ def _check_parameters(alpha: float, gamma: float, beta: float, reduction: str) -
     for name, value in (("alpha", alpha), ("gamma", gamma), ("beta", beta)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be finite and > 0, got {value}")
-    if gamma / alpha > _MAX_GAMMA_OVER_ALPHA:
+    if gamma / alpha > _MAX_GAMMA_OVER_ALPHA or math.expm1(gamma / alpha) / beta > _MAX_B_OVER_BETA:
         raise ValueError(
-            f"gamma / alpha must be at most {_MAX_GAMMA_OVER_ALPHA:g}, or b = exp(gamma / alpha) - 1 overflows; "
-            f"got gamma={gamma}, alpha={alpha}"
+            f"gamma / alpha must be at most {_MAX_GAMMA_OVER_ALPHA:g}, and b / beta, with b = exp(gamma / alpha) - 1, "
+            f"at most {_MAX_B_OVER_BETA:g}; got gamma={gamma}, alpha={alpha}, beta={beta}"
         )
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")

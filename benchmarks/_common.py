@@ -5,17 +5,19 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import Measurement, Timer
 
 from balanced_learning import backend_info
 
 RESULTS = Path(__file__).parent / "results"
+TURNS = 3
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -36,11 +38,22 @@ def environment(device: str) -> dict[str, Any]:
     return {"device": name, "versions": backend_info(), "commit": commit}
 
 
-def measure(function: Callable[[], Any], min_seconds: float) -> dict[str, float]:
-    """Median and interquartile range of the seconds that a call takes."""
-    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-    result = timer.blocked_autorange(min_run_time=min_seconds)
-    return {"seconds": result.median, "iqr": result.iqr}
+def measure(
+    calls: Iterable[tuple[str, Callable[[], Any], AbstractContextManager]], seconds: float
+) -> dict[str, dict[str, float]]:
+    """Median and interquartile range of the seconds that each of the named calls takes, inside its context.
+
+    They take turns, so that what else the machine does meets all of them.
+    """
+    measurements: dict[str, list[Measurement]] = {}
+    for _ in range(TURNS):
+        for name, function, context in calls:
+            timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+            with context:
+                measurement = timer.blocked_autorange(min_run_time=seconds / TURNS)
+            measurements.setdefault(name, []).append(measurement)
+    merged = {name: Measurement.merge(several)[0] for name, several in measurements.items()}
+    return {name: {"seconds": times.median, "iqr": times.iqr} for name, times in merged.items()}
 
 
 def peak_memory(function: Callable[[], Any], device: str) -> int:

@@ -26,16 +26,12 @@ HOST_DEVICE inline To bits(From from) {
   return to;
 }
 
-// c[0] + c[1] x + ..., by pairs (Estrin), so that the terms do not wait for one another.
+// c[0] + c[1] x + c[2] x^2 + ...
 template <class T, int size>
 HOST_DEVICE inline T polynomial(const T (&c)[size], T x) {
-  if constexpr (size == 1) {
-    return c[0];
-  } else {
-    T pairs[(size + 1) / 2];
-    for (int i = 0; i < (size + 1) / 2; ++i) pairs[i] = 2 * i + 1 < size ? c[2 * i] + x * c[2 * i + 1] : c[2 * i];
-    return polynomial(pairs, x * x);
-  }
+  T sum = c[size - 1];
+  for (int i = size - 2; i >= 0; --i) sum = c[i] + x * sum;
+  return sum;
 }
 
 // (ln(1 + f) - f) / f^2 for f from 0 to 1, interpolated at 8 (20 for double) Chebyshev nodes.
@@ -54,48 +50,48 @@ HOST_DEVICE inline double log1p_rest(double f) {
   return polynomial(c, f);
 }
 
-// ln(1 + z) for z >= 0, from 1 + z = 2^e (1 + f) with f in [0, 1).
+// 1 + z = scale (1 + f), with scale a power of 2 and f in [0, 1), for z >= 0. For z < 1, f is z to the last bit.
 template <class T>
-struct Log1p {
-  bool small;  // e = 0, or NaN
-  T f, rest, value;
+struct Split {
+  T scale, log_scale, f, rest;
 
-  HOST_DEVICE inline explicit Log1p(T z) : small(!(z >= 1)) {
+  HOST_DEVICE inline explicit Split(T z) {
     using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-    constexpr int mantissa = sizeof(T) == 4 ? 23 : 52;
-    const Bits one = bits<Bits>(T(1)), sum = bits<Bits>(1 + z);
-    const T e = T((sum - one) >> mantissa);
-    f = small ? z : bits<T>((sum & ((Bits(1) << mantissa) - 1)) | one) - 1;
+    constexpr Bits ulps = Bits(1) << (sizeof(T) == 4 ? 23 : 52);  // between 1 and 2
+    const Bits one = bits<Bits>(T(1)), exponent = (bits<Bits>(1 + z) - one) & -ulps;
+    const T shrink = bits<T>(one - exponent);
+    scale = bits<T>(one + exponent);
+    log_scale = T(exponent) * T(0.69314718055994531 / ulps);
+    f = z * shrink + (shrink - 1);
     rest = log1p_rest(f);
-    value = e * T(0.69314718055994531) + (f + f * f * rest);
   }
 };
 
 template <class T>
 struct BalancedL1 {
-  T alpha, gamma, beta, b, per_beta, beta_per_b;
+  T alpha, gamma, beta, b_per_beta, inlier_scale;
 
   BalancedL1(double alpha, double gamma, double beta)
       : alpha(T(alpha)),
         gamma(T(gamma)),
         beta(T(beta)),
-        b(T(std::expm1(gamma / alpha))),
-        per_beta(T(1 / beta)),
-        beta_per_b(T(beta / std::expm1(gamma / alpha))) {}
+        b_per_beta(T(std::expm1(gamma / alpha) / beta)),
+        inlier_scale(T(alpha * beta / std::expm1(gamma / alpha))) {}
 
-  // Equation 8, rescaled: beta L_1(|x| / beta). With z = b |x| / beta, an inlier has alpha |x| ((1 + 1/z) ln(1 + z) - 1),
-  // which for small z would cancel and is rearranged.
+  // Equation 8, rescaled: beta L_1(|x| / beta). With z = b |x| / beta, an inlier has alpha beta / b times
+  // (1 + z) ln(1 + z) - z. For small z, where its terms cancel, it is f^2 (1 + (1 + f) rest), as scale is 1.
   HOST_DEVICE inline T loss(T x) const {
     const T size = std::fabs(x), inlier = inside(size);
-    const Log1p<T> log(b * (inlier * per_beta));
-    const T near = inlier * (log.f + log.f * (log.rest + log.f * log.rest));
-    const T far = inlier * (log.value - 1) + beta_per_b * log.value;
-    return alpha * (log.small ? near : far) + gamma * (size - inlier);
+    const Split<T> split(b_per_beta * inlier);
+    const T one_plus_f = 1 + split.f;
+    const T within = one_plus_f * split.log_scale + split.f * split.f * (1 + one_plus_f * split.rest);
+    return inlier_scale * (split.scale * within + (1 - split.scale)) + gamma * (size - inlier);
   }
 
   // Its derivative, equation 6: outliers get alpha ln(1 + b), which is gamma.
   HOST_DEVICE inline T slope(T x) const {
-    return std::copysign(alpha * Log1p<T>(b * (inside(std::fabs(x)) * per_beta)).value, x);
+    const Split<T> split(b_per_beta * inside(std::fabs(x)));
+    return alpha * std::copysign(split.log_scale + (split.f + split.f * split.f * split.rest), x);
   }
 
  private:

@@ -85,14 +85,14 @@ Tensor balanced_l1_backward(const Tensor& grad, const Tensor& input, const Tenso
     using T = decltype(type);
     using C = compute_t<T>;
     const Operands<T> in = inputs.operands<T>();
-    const BalancedL1<C> function(alpha, gamma, beta);
     const T* grads = static_cast<const T*>(dense_grad.const_data_ptr());
-    const C factor = reduction == kNone ? C(1) : C(C(*grads) / divisor(reduction, in.numel));
+    BalancedL1<C> function(alpha, gamma, beta);
+    if (reduction != kNone) function.alpha *= C(C(*grads) / divisor(reduction, in.numel));  // all slopes have it
     T* out = static_cast<T*>(result.mutable_data_ptr());
     for_each_chunk(in.numel, [&](int64_t begin, int64_t size) {
       C buffer[kChunk], *values = workspace(out + begin, buffer);
       for (int64_t i = 0; i < size; ++i)
-        values[i] = factor * function.slope(C(in.input[begin + i]) - C(in.target[begin + i]));
+        values[i] = function.slope(C(in.input[begin + i]) - C(in.target[begin + i]));
       if (in.weight) multiply(values, in.weight + begin, size);
       if (reduction == kNone) multiply(values, grads + begin, size);
       convert(values, size, out + begin);

@@ -300,9 +300,13 @@ def test_wrong_setting_is_named(argument, value):
         BalancedL1Loss(**{argument: value})
 
 
-def test_gamma_too_large_for_alpha_is_named():
-    with pytest.raises(ValueError, match=r"gamma / alpha .* got gamma=1\.5, alpha=0\.01"):
-        balanced_l1_loss(torch.zeros(1), torch.zeros(1), alpha=0.01)
+@pytest.mark.parametrize("settings", [{"alpha": 0.01}, {"beta": 1e-38}])
+def test_settings_beyond_float32_are_named(settings):
+    words = ", ".join(
+        f"{name}={value}" for name, value in ({"gamma": 1.5, "alpha": 0.5, "beta": 1.0} | settings).items()
+    )
+    with pytest.raises(ValueError, match=f"gamma / alpha must .* b / beta, .* got {words}"):
+        balanced_l1_loss(torch.zeros(1), torch.zeros(1), **settings)
 
 
 FLOAT, INT, META = torch.zeros(3), torch.zeros(3, dtype=torch.int64), torch.zeros(3, device="meta")
