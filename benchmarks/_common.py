@@ -35,7 +35,8 @@ def environment(device: str) -> dict[str, Any]:
     commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device == "cuda" else cpu
-    return {"device": name, "versions": backend_info(), "commit": commit}
+    versions = {key: value for key, value in backend_info().items() if key != "files"}
+    return {"device": name, "versions": versions, "commit": commit}
 
 
 def measure(
@@ -74,13 +75,13 @@ def peak_memory(function: Callable[[], Any], device: str) -> int:
     return peak
 
 
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints rows with the same keys as a Markdown table."""
-    cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """Rows with the same keys as a table."""
+    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    for line in cells:
-        print("| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+    lines = (" | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def write(file: Path, results: dict[str, Any]) -> None:

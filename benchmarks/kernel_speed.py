@@ -15,9 +15,9 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from _common import environment, measure, parser, peak_memory, print_table, write
 from torch import Tensor
 
+from _common import environment, markdown, measure, parser, peak_memory, write
 from balanced_learning import _ops, balanced_l1_loss
 
 Loss = Callable[[Tensor, Tensor, str], Tensor]
@@ -80,13 +80,14 @@ def main() -> None:
         if copied is not None:
             for row in group.values():
                 row |= shares_of_bandwidth(case, row, copied)
-        print_table([{"loss": name, **summary(case, row, group[BASELINE])} for name, row in group.items()])
+        print(markdown([{"loss": name, **summary(case, row, group[BASELINE])} for name, row in group.items()]))
         rows += [{**case._asdict(), "loss": name, **row} for name, row in group.items()]
         names = [name for name in names if group[name]["both"]["seconds"] < TOO_SLOW]
 
     stem = f"kernel_speed_{args.device}"
-    write(args.output / f"{stem}.json", {**environment(args.device), "rows": rows})
-    draw([row for row in rows if (row["dtype"], row["reduction"]) == ("float32", "sum")], args.output / f"{stem}.png")
+    results = {**environment(args.device), "rows": rows}
+    write(args.output / f"{stem}.json", results)
+    draw(results, args.output / f"{stem}.png")
 
 
 def costs(names: list[str], case: Case, device: str, seconds: float) -> dict[str, dict[str, Any]]:
@@ -165,7 +166,26 @@ def summary(case: Case, row: dict[str, Any], baseline: dict[str, Any]) -> dict[s
     return cells | {f"{part} / copy": f"{share:.2f}" for part, share in shares.items() if share is not None}
 
 
-def draw(rows: list[dict[str, Any]], file: Path) -> None:
+def by_size(results: dict[str, Any]) -> dict[int, dict[str, float]]:
+    """The seconds of forward and backward of each loss, for each number of elements, float32 and summed."""
+    seconds: dict[int, dict[str, float]] = {}
+    for row in results["rows"]:
+        if (row["dtype"], row["reduction"]) == ("float32", "sum"):
+            seconds.setdefault(row["elements"], {})[row["loss"]] = row["both"]["seconds"]
+    return seconds
+
+
+def table(results: dict[str, Any]) -> str:
+    """What the README shows: the time of smooth L1, and that of the others over it."""
+    rows = []
+    for elements, seconds in by_size(results).items():
+        ratios = {name: seconds[name] / seconds[BASELINE] if name in seconds else None for name in LOSSES}
+        row = {name: "-" if ratio is None else f"{ratio:.1f}" for name, ratio in ratios.items()}
+        rows.append({"elements": f"{elements:,}", **row, BASELINE: f"{1e3 * seconds[BASELINE]:.3f} ms"})
+    return markdown(rows)
+
+
+def draw(results: dict[str, Any], file: Path) -> None:
     """Milliseconds of forward and backward over elements, one line for each loss."""
     import matplotlib
 
@@ -174,7 +194,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
     for name in LOSSES:
-        points = [(row["elements"], 1e3 * row["both"]["seconds"]) for row in rows if row["loss"] == name]
+        points = [(n, 1e3 * seconds[name]) for n, seconds in by_size(results).items() if name in seconds]
         if points:
             axes.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=name)
     axes.set(xlabel="elements, float32, summed", ylabel="ms, forward and backward")

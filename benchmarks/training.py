@@ -9,16 +9,13 @@ device, versions and commit it ran with, and prints the table that the README ha
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-
-from balanced_learning import backend_info
+from _common import RESULTS, environment, markdown, write
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = ["--no-sampler", "--no-pyramid", "--no-box-loss"]
@@ -39,11 +36,10 @@ def main() -> None:
     parser.add_argument("case", choices=list(RUNS))
     parser.add_argument("--data-path", type=Path, help="the data of the case, if it is not drawn")
     args = parser.parse_args()
-    results = environment()
+    results = environment("cpu")
     results["runs"] = {name: run(options, args.data_path) for name, options in RUNS[args.case].items()}
-    file = ROOT / "benchmarks" / "results" / f"training_{args.case}.json"
-    file.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"wrote {file}\n\n{table(results)}")
+    write(RESULTS / f"training_{args.case}.json", results)
+    print(f"\n{table(results)}")
 
 
 def run(options: list[str], data_path: Path | None) -> dict:
@@ -61,22 +57,11 @@ def run(options: list[str], data_path: Path | None) -> dict:
 
 def table(results: dict) -> str:
     """The runs as Markdown: average precision in percent, and the minutes of the whole run."""
-    lines = ["| | AP | AP50 | AP75 | minutes |", "| --- | --: | --: | --: | --: |"]
+    rows = []
     for name, row in results["runs"].items():
-        cells = [f"{100 * row[metric]:.1f}" for metric in ("AP", "AP50", "AP75")]
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['total_seconds'] / 60:.1f} |")
-    return "\n".join(lines)
-
-
-def environment() -> dict:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "versions": backend_info(),
-        "commit": commit,
-    }
+        precision = {metric: f"{100 * row[metric]:.1f}" for metric in ("AP", "AP50", "AP75")}
+        rows.append({"": name, **precision, "minutes": f"{row['total_seconds'] / 60:.1f}"})
+    return markdown(rows)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_a_device_without_kernels_is_served_by_the_formula() -> None:
     assert balanced_learning.balanced_l1_loss(meta, meta).shape == ()
 
 
-def test_the_command_prints_the_report() -> None:
+def test_the_command_prints_the_report(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "balanced_learning"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert all(key in printed and value in printed for key, value in backend_info().items())

@@ -1,25 +1,27 @@
 """What README and docs say, held against what it is about."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+import kernel_speed
+import training
+from _common import RESULTS
 from options import _parser
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]
 
 
-@pytest.mark.parametrize("case", ["shapes", "bccd"])
-def test_figures_are_those_a_command_wrote(case):
-    spec = importlib.util.spec_from_file_location("training", ROOT / "benchmarks" / "training.py")
-    training = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(training)
-    results = json.loads((ROOT / "benchmarks" / "results" / f"training_{case}.json").read_text())
-    assert f"<!-- training_{case} -->\n{training.table(results)}\n" in (ROOT / "README.md").read_text()
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [("training_shapes", training.table), ("training_bccd", training.table), ("kernel_speed_cpu", kernel_speed.table)],
+)
+def test_figures_are_those_a_command_wrote(name, table):
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    assert f"<!-- {name} -->\n{table(results)}\n" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
