@@ -83,9 +83,12 @@ def balanced_l1_loss(
     compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
     kernels = _ops.serves(input)
-    if not kernels or dtype.itemsize == 1 or any(t is not None and t.dtype != dtype for t in (input, target, weight)):
-        input, target = input.to(compute_dtype), target.to(compute_dtype)
-        weight = None if weight is None else weight.to(compute_dtype)
+    one_type = input.dtype == target.dtype == dtype and (weight is None or weight.dtype == dtype)
+    if kernels and one_type and dtype.itemsize > 1:
+        return _ops.balanced_l1(input, target, weight, alpha, gamma, beta, reduction)
+
+    input, target = input.to(compute_dtype), target.to(compute_dtype)
+    weight = None if weight is None else weight.to(compute_dtype)
     evaluate = _ops.balanced_l1 if kernels else _formula
     return evaluate(input, target, weight, alpha, gamma, beta, reduction).to(dtype)
 

@@ -1,6 +1,7 @@
 """What the benchmarks share: how they measure, and what they say about where they ran."""
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -27,6 +28,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for what is written")
     parser.add_argument("--quick", action="store_true", help="a small part, to see that it runs")
     return parser
+
+
+def keep_freed_memory() -> None:
+    """Keeps the C library from giving freed memory back to the system: by chance, it would slow now one, now another."""
+    if platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_mmap_max, 0)
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from _common import environment, markdown, measure, parser, peak_memory, write
+from _common import environment, keep_freed_memory, markdown, measure, parser, peak_memory, write
 from balanced_learning import _ops, balanced_l1_loss
 
 Loss = Callable[[Tensor, Tensor, str], Tensor]
@@ -69,6 +69,7 @@ LOSSES: dict[str, Loss] = {
 
 def main() -> None:
     args = parser(__doc__).parse_args()
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     torch._functorch.config.donated_buffer = False  # or compiled code could not go backward twice
     seconds = 0.01 if args.quick else 0.1

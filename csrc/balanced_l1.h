@@ -26,11 +26,11 @@ HOST_DEVICE inline To bits(From from) {
   return to;
 }
 
-// c[0] + c[1] x + c[2] x^2 + ...
+// c[0] + c[1] x + c[2] x^2 + ..., of an even number of terms; by pairs, so that fewer wait for one another.
 template <class T, int size>
 HOST_DEVICE inline T polynomial(const T (&c)[size], T x) {
-  T sum = c[size - 1];
-  for (int i = size - 2; i >= 0; --i) sum = c[i] + x * sum;
+  T sum = c[size - 2] + x * c[size - 1];
+  for (int i = size - 4; i >= 0; i -= 2) sum = (c[i] + x * c[i + 1]) + x * x * sum;
   return sum;
 }
 
@@ -50,7 +50,8 @@ HOST_DEVICE inline double log1p_rest(double f) {
   return polynomial(c, f);
 }
 
-// 1 + z = scale (1 + f), with scale a power of 2 and f in [0, 1), for z >= 0. For z < 1, f is z to the last bit.
+// 1 + z = scale (1 + f), with scale a power of 2 and f in [0, 1), for z >= 0; ln(1 + z) = log_scale + f + rest.
+// For z < 1, scale is 1 and f is z to the last bit.
 template <class T>
 struct Split {
   T scale, log_scale, f, rest;
@@ -58,12 +59,12 @@ struct Split {
   HOST_DEVICE inline explicit Split(T z) {
     using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
     constexpr Bits ulps = Bits(1) << (sizeof(T) == 4 ? 23 : 52);  // between 1 and 2
-    const Bits one = bits<Bits>(T(1)), exponent = (bits<Bits>(1 + z) - one) & -ulps;
-    const T shrink = bits<T>(one - exponent);
-    scale = bits<T>(one + exponent);
-    log_scale = T(exponent) * T(0.69314718055994531 / ulps);
+    const Bits one = bits<Bits>(T(1)), power = bits<Bits>(1 + z) & -ulps;
+    const T shrink = bits<T>(2 * one - power);
+    scale = bits<T>(power);
+    log_scale = T(power - one) * T(0.69314718055994531 / ulps);
     f = z * shrink + (shrink - 1);
-    rest = log1p_rest(f);
+    rest = f * f * log1p_rest(f);
   }
 };
 
@@ -79,19 +80,19 @@ struct BalancedL1 {
         inlier_scale(T(alpha * beta / std::expm1(gamma / alpha))) {}
 
   // Equation 8, rescaled: beta L_1(|x| / beta). With z = b |x| / beta, an inlier has alpha beta / b times
-  // (1 + z) ln(1 + z) - z. For small z, where its terms cancel, it is f^2 (1 + (1 + f) rest), as scale is 1.
+  // (1 + z) ln(1 + z) - z, here in terms that do not cancel where z is small.
   HOST_DEVICE inline T loss(T x) const {
     const T size = std::fabs(x), inlier = inside(size);
-    const Split<T> split(b_per_beta * inlier);
-    const T one_plus_f = 1 + split.f;
-    const T within = one_plus_f * split.log_scale + split.f * split.f * (1 + one_plus_f * split.rest);
-    return inlier_scale * (split.scale * within + (1 - split.scale)) + gamma * (size - inlier);
+    const Split<T> z(b_per_beta * inlier);
+    const T rest = z.log_scale + z.rest;
+    const T within = z.scale * (z.f * (z.f + rest) + rest) + (1 - z.scale);
+    return inlier_scale * within + gamma * (size - inlier);
   }
 
   // Its derivative, equation 6: outliers get alpha ln(1 + b), which is gamma.
   HOST_DEVICE inline T slope(T x) const {
-    const Split<T> split(b_per_beta * inside(std::fabs(x)));
-    return alpha * std::copysign(split.log_scale + (split.f + split.f * split.f * split.rest), x);
+    const Split<T> z(b_per_beta * inside(std::fabs(x)));
+    return alpha * std::copysign(z.log_scale + z.f + z.rest, x);
   }
 
  private:
