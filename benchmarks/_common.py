@@ -31,7 +31,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def keep_freed_memory() -> None:
-    """Keeps the C library from giving freed memory back to the system: by chance, it would slow now one, now another."""
+    """Keeps the C library from giving freed memory back to the system: by chance, it slows now one, now another."""
     if platform.libc_ver()[0] == "glibc":
         m_trim_threshold, m_mmap_max = -1, -4
         libc = ctypes.CDLL(None)

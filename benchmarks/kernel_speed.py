@@ -36,7 +36,7 @@ FULL = [
     *(Case(MIDDLE, reduction=name) for name in ("none", "mean")),
     *(Case(n) for n in (256, 2_048, 8_192, 65_536, MIDDLE, 4_000_000, 16_000_000, 64_000_000)),
 ]
-TOO_SLOW = 0.2  # seconds of a call; such a loss is left out of what is larger
+TOO_SLOW = 0.1  # seconds of a call; such a loss is left out of what is larger
 
 
 def smooth_l1(input: Tensor, target: Tensor, reduction: str) -> Tensor:
