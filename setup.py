@@ -20,7 +20,7 @@ TORCH = Path((find_spec("torch") or find_spec("os")).origin).parent
 
 # The stable ABI of torch 2.11: built with one later torch, the kernels run with any.
 FLAGS = ["-O3", "-std=c++17", "-shared", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-SOURCES = {"cpu": "csrc/balanced_l1_cpu.cpp", "cuda": "csrc/balanced_l1_cuda.cu"}
+SOURCES = {"cpu": ["csrc/balanced_l1_cpu.cpp", "csrc/sample_cpu.cpp"], "cuda": ["csrc/balanced_l1_cuda.cu"]}
 
 
 def missing(kind: str) -> str | None:
@@ -39,7 +39,7 @@ def missing(kind: str) -> str | None:
 
 
 def command(kind: str, output: str) -> list[str]:
-    files = [f"-I{TORCH}/include", f"-L{TORCH}/lib", SOURCES[kind], "-o", output, "-ltorch_cpu"]
+    files = [f"-I{TORCH}/include", f"-L{TORCH}/lib", *SOURCES[kind], "-o", output, "-ltorch_cpu"]
     if kind == "cpu":
         return [COMPILER, *FLAGS, "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", *files]
     # nvcc links the CUDA runtime statically: it need not be the one of torch.
@@ -75,5 +75,5 @@ if MODE not in choices:
 if {"bdist_wheel", "editable_wheel", "build_ext"} & set(sys.argv):
     obstacles = [f"{kind} would need {missing(kind)}" for kind in SOURCES if missing(kind)]
     print(f"BALANCED_LEARNING_BUILD={MODE}: kernels for {', '.join(choices[MODE]) or 'nothing'}", *obstacles, sep="; ")
-modules = [Extension(f"balanced_learning._{kind}", [SOURCES[kind]], optional=MODE == "auto") for kind in choices[MODE]]
+modules = [Extension(f"balanced_learning._{kind}", SOURCES[kind], optional=MODE == "auto") for kind in choices[MODE]]
 setup(ext_modules=modules, cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel})

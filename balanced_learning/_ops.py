@@ -4,6 +4,7 @@ The ops are defined whether or not there is a binary with kernels for them.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,10 +21,17 @@ _library = torch.library.Library("balanced_learning", "DEF")
 _ARGUMENTS = "Tensor input, Tensor target, Tensor? weight, float alpha, float gamma, float beta, int reduction"
 _library.define(f"balanced_l1({_ARGUMENTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _library.define(f"balanced_l1_backward(Tensor grad, {_ARGUMENTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_library.define(
+    "iou_balanced_sample(Tensor[] labels, Tensor[] ious, Tensor[] matched_idxs, Tensor seed, int batch_size, "
+    "int num_positives, bool instance_balanced, int num_bins, float? max_iou, float floor_iou, float floor_fraction, "
+    "float? max_negatives_per_positive) -> Tensor[]",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 _backend.load()
 _CPU_KERNELS = _backend.has_kernels(torch.device("cpu"))
 _forward_op = torch.ops.balanced_learning.balanced_l1.default
 _backward_op = torch.ops.balanced_learning.balanced_l1_backward.default
+_sample_op = torch.ops.balanced_learning.iou_balanced_sample.default
 
 
 def serves(tensor: Tensor) -> bool:
@@ -49,6 +57,22 @@ def balanced_l1(
         weight = weight.expand_as(input)
     function = _forward_op if torch.compiler.is_compiling() else _Eager.apply
     return function(input, target, weight, alpha, gamma, beta, _REDUCTIONS[reduction])
+
+
+def iou_balanced_sample(
+    labels: Sequence[Tensor], ious: Sequence[Tensor], matched_idxs: Sequence[Tensor], *settings: Any
+) -> list[Tensor]:
+    """Masks of the positives of each image, then of the negatives, drawn as :class:`IoUBalancedSampler` does.
+
+    All tensors are on the CPU. ``settings`` are those of the op. Nothing is returned if an IoU is NaN.
+    """
+    ious = [image.float() if image.itemsize < 4 else image for image in ious]
+    seed = torch.empty((), dtype=torch.int64).random_()
+    return _sample_op(labels, ious, matched_idxs, seed, *settings)
+
+
+def _sample_fake(labels: Sequence[Tensor], *others: Any) -> list[Tensor]:
+    return [image.new_empty(image.shape, dtype=torch.bool) for image in (*labels, *labels)]
 
 
 def _forward_fake(input: Tensor, target: Tensor, weight: Tensor | None, *parameters: Any) -> Tensor:
@@ -170,5 +194,6 @@ for _op, _fake, _derivative, _vmap in (
     torch.library.register_fake(_op, _fake, lib=_library)
     torch.library.register_autograd(_op, _derivative, setup_context=_setup_context, lib=_library)
     torch.library.register_vmap(_op, _vmap, lib=_library)
+torch.library.register_fake(_sample_op, _sample_fake, lib=_library)
 for _device in ("cpu", "cuda"):
     torch.library.register_autocast(_forward_op, _device, torch.float32, lib=_library)

@@ -10,6 +10,8 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
+from . import _ops
+
 
 @dataclass(frozen=True)
 class IoUBalancedSampler:
@@ -24,7 +26,8 @@ class IoUBalancedSampler:
     **Positives**: every ground truth contributes the same number, as far as it has that many.
 
     Settings cannot be changed by a call or by assignment; use :func:`dataclasses.replace`. All randomness comes from
-    torch's generator of the device the tensors are on, so :func:`torch.manual_seed` fixes the draw.
+    torch's generator of the device the tensors are on, so :func:`torch.manual_seed` fixes the draw: on the same device
+    with the same implementation (see :func:`~balanced_learning.backend_info`), and not from one of these to another.
 
     Args:
         batch_size_per_image (int): boxes to choose in an image.
@@ -96,15 +99,36 @@ class IoUBalancedSampler:
             ValueError: for lists of different length, tensors of different shape, or a NaN among the IoUs.
         """
         _check_batch(labels, ious, matched_idxs)
+        if labels and all(image.device.type == "cpu" and _ops.serves(image) for image in labels):
+            masks = _ops.iou_balanced_sample(
+                labels,
+                ious,
+                matched_idxs,
+                self.batch_size_per_image,
+                self._num_positives,
+                self.instance_balanced,
+                self.num_bins,
+                self.max_iou,
+                self.floor_iou,
+                self.floor_fraction,
+                self.max_negatives_per_positive,
+            )
+            if masks:
+                return masks[: len(labels)], masks[len(labels) :]
+        _check_not_nan(ious)
         drawn = [self._draw(*image) for image in zip(labels, ious, matched_idxs, strict=True)]
         return [positives for positives, _ in drawn], [negatives for _, negatives in drawn]
 
+    @property
+    def _num_positives(self) -> int:
+        """How many are wanted."""
+        return int(self.batch_size_per_image * self.positive_fraction)
+
     def _draw(self, labels: Tensor, ious: Tensor, matched_idxs: Tensor) -> tuple[Tensor, Tensor]:
-        num_positives = int(self.batch_size_per_image * self.positive_fraction)
         if self.instance_balanced:
-            positives = draw_shared(labels > 0, matched_idxs, num_positives)
+            positives = draw_shared(labels > 0, matched_idxs, self._num_positives)
         else:
-            positives = draw_uniform(labels > 0, num_positives)
+            positives = draw_uniform(labels > 0, self._num_positives)
 
         num_positives = int(positives.sum())
         num_negatives = self.batch_size_per_image - num_positives
@@ -221,5 +245,9 @@ def _check_batch(labels: Sequence[Tensor], ious: Sequence[Tensor], matched_idxs:
                 raise TypeError(f"{name}[{i}] must be of a floating-point type, got {tensor.dtype}")
             if name != "ious" and tensor.dtype != torch.int64:
                 raise TypeError(f"{name}[{i}] must be int64, got {tensor.dtype}")
-            if name == "ious" and tensor.isnan().any():
-                raise ValueError(f"{name}[{i}] has a NaN at index {int(tensor.isnan().nonzero()[0])}")
+
+
+def _check_not_nan(ious: Sequence[Tensor]) -> None:
+    for i, tensor in enumerate(ious):
+        if tensor.isnan().any():
+            raise ValueError(f"ious[{i}] has a NaN at index {int(tensor.isnan().nonzero()[0])}")

@@ -29,6 +29,14 @@ def test_opcheck(device: str, reduction: int, weighted: bool, requires_grad: boo
     torch.library.opcheck(_ops._backward_op, (grad, *tensors, *PARAMETERS, reduction))
 
 
+def test_opcheck_of_sampling(device: str) -> None:
+    if device != "cpu":
+        pytest.skip("a kernel of the CPU alone")
+    labels, ious = [torch.tensor([0, 0, 1, -1]), torch.zeros(0, dtype=torch.int64)], [torch.rand(4), torch.rand(0)]
+    settings = (3, 1, True, 3, 0.5, 0.0, 0.0, None)
+    torch.library.opcheck(_ops._sample_op, (labels, ious, labels, torch.tensor(7), *settings))
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("eager", [True, False])

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -8,13 +9,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from balanced_learning import IoUBalancedSampler
+from balanced_learning import IoUBalancedSampler, _backend, _ops
 from balanced_learning.samplers import draw_shared, draw_uniform, iou_bins
 
 # An image in the middle of training: so many negatives, with IoUs spread evenly over the interval.
 INTERVALS = [(900, 0, 0), (191, 0, 0.05), (409, 0.05, 1 / 6), (300, 1 / 6, 1 / 3), (100, 1 / 3, 0.5)]
 SIZES = torch.tensor([size for size, _, _ in INTERVALS], dtype=torch.float64)
 NUM_POSITIVES, NUM_NEGATIVES = 65, 447  # of 512
+
+
+@pytest.fixture(scope="module", autouse=True, params=["kernels", "plain"])
+def implementation(request):
+    """Everything holds for the compiled op and without it."""
+    if request.param == "kernels":
+        if not _backend.has_kernels(torch.device("cpu")):
+            pytest.skip("no kernels for cpu here")
+        yield
+    else:
+        with mock.patch.object(_ops, "serves", return_value=False):
+            yield
 
 
 def crowded_image() -> tuple[Tensor, Tensor, Tensor]:
@@ -316,6 +329,16 @@ def test_floor_above_the_ceiling_is_an_error():
 
 
 LABELS, IOUS = torch.zeros(3, dtype=torch.int64), torch.zeros(3)
+
+
+def test_strided_and_half_precision_tensors_are_read_right():
+    labels, ious, matched_idxs = crowded_image()
+    expected = draw(IoUBalancedSampler(10**6, 1.0), labels, ious, matched_idxs)
+    strided = [torch.stack([tensor, tensor]).T[:, 0] for tensor in (labels, ious, matched_idxs)]
+    halves = labels, ious.to(torch.bfloat16), matched_idxs
+    for image in (strided, halves):
+        for ours, theirs in zip(draw(IoUBalancedSampler(10**6, 1.0), *image), expected, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
