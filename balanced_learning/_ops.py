@@ -1,4 +1,4 @@
-"""The compiled balanced L1 as ops of torch: schema, shapes, derivatives, autocast, vmap.
+"""What is compiled, as ops of torch: schema, shapes, derivatives, autocast, vmap.
 
 The ops are defined whether or not there is a binary with kernels for them.
 """
@@ -35,7 +35,7 @@ _sample_op = torch.ops.balanced_learning.iou_balanced_sample.default
 
 
 def serves(tensor: Tensor) -> bool:
-    """Whether to call :func:`balanced_l1` for such a tensor, and not the plain formula.
+    """Whether to call a function of this file for such a tensor, and not plain PyTorch.
 
     Not for function transforms, which take the formula apart, and not where torch compiles for a GPU, where it makes
     one kernel of the formula and what is around it. (What it makes of it on the CPU is slower than ours.)

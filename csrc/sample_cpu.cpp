@@ -78,8 +78,8 @@ std::vector<T> bin_edges(const Settings& settings, const T* ious, int64_t size) 
 }
 
 // Which of size things are among the num drawn, each equally likely (Floyd's algorithm).
-std::vector<bool> draw(int64_t size, int64_t num, Random& random) {
-  std::vector<bool> drawn(size);
+std::vector<char> draw(int64_t size, int64_t num, Random& random) {
+  std::vector<char> drawn(size);
   for (int64_t last = size - num; last < size; ++last) {
     const int64_t i = random.below(last + 1);
     drawn[drawn[i] ? last : i] = true;
@@ -129,12 +129,12 @@ bool sample(const Settings& settings, int64_t size, const int64_t* labels, const
   }
 
   // What is short comes from all that are left, whatever their part.
-  const std::vector<bool> fill = draw(num_left, std::min(num, num_left), random);
+  const std::vector<char> fill = draw(num_left, std::min(num, num_left), random);
   auto next = fill.begin();
-  std::vector<std::vector<bool>> drawn;
+  std::vector<std::vector<char>> drawn;
   for (size_t part = 0; part < counts.size(); ++part) {
     const auto end = next + (counts[part] - wanted[part]);
-    drawn.push_back(draw(counts[part], wanted[part] + std::count(next, end, true), random));
+    drawn.push_back(draw(counts[part], wanted[part] + std::count(next, end, 1), random));
     next = end;
   }
   std::vector<int64_t> seen(counts.size());

@@ -17,7 +17,12 @@ TEXTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING
 
 @pytest.mark.parametrize(
     ("name", "table"),
-    [("training_shapes", training.table), ("training_bccd", training.table), ("kernel_speed_cpu", kernel_speed.table)],
+    [
+        ("training_shapes", training.table),
+        ("training_bccd", training.table),
+        ("kernel_speed_cpu", kernel_speed.table),
+        ("sampler_speed_cpu", sampler_speed.table),
+    ],
 )
 def test_figures_are_those_a_command_wrote(name, table):
     results = json.loads((RESULTS / f"{name}.json").read_text())
