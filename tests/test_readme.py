@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import kernel_speed
+import sampler_speed
 import training
 from _common import RESULTS
 from options import _parser
