@@ -47,7 +47,7 @@ class Inputs {
   }
 
   Tensor new_result(int64_t reduction) const {
-    return torch::stable::new_empty(input_, reduction == kNone ? input_.sizes() : torch::headeronly::IntHeaderOnlyArrayRef());
+    return reduction == kNone ? torch::stable::new_empty(input_, input_.sizes()) : torch::stable::new_empty(input_, {});
   }
 
   // The gradient of the result: one for all elements, or one for each.
@@ -67,7 +67,8 @@ class Inputs {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
   }
   Tensor matching(const Tensor& tensor, const char* name) const {
-    STD_TORCH_CHECK(tensor.scalar_type() == input_.scalar_type() && tensor.device() == input_.device() && tensor.sizes().equals(input_.sizes()),
+    STD_TORCH_CHECK(tensor.scalar_type() == input_.scalar_type() && tensor.device() == input_.device() &&
+                        tensor.sizes().equals(input_.sizes()),
                     name, " must have the shape, the type and the device of input");
     return dense(tensor);
   }

@@ -68,12 +68,14 @@ void draw_shared(Indices& candidates, const int64_t* group_of, int64_t num, Rand
 // Where the bins of IoU begin; see iou_bins in samplers.py.
 template <class T>
 std::vector<T> bin_edges(const Settings& settings, const T* ious, int64_t size) {
+  T floor = T(settings.floor_iou), largest = 0;
+  if (!settings.max_iou)
+    for (int64_t i = 0; i < size; ++i) largest = std::max(largest, ious[i]);
   std::vector<T> edges(settings.num_bins);
-  const double floor = settings.floor_iou;
-  const T largest = settings.max_iou ? T(0) : std::accumulate(ious, ious + size, T(0), [](T a, T b) { return std::max(a, b); });
   for (int64_t k = 0; k < settings.num_bins; ++k)
-    edges[k] = settings.max_iou ? T(floor + (*settings.max_iou - floor) * k / settings.num_bins)
-                                : T(floor) + (largest - T(floor)) * k / settings.num_bins;
+    edges[k] = settings.max_iou
+                   ? T(settings.floor_iou + (*settings.max_iou - settings.floor_iou) * k / settings.num_bins)
+                   : floor + (largest - floor) * k / settings.num_bins;
   return edges;
 }
 

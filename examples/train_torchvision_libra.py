@@ -52,8 +52,8 @@ def run(args: Namespace) -> None:
     torch.use_deterministic_algorithms(args.use_deterministic_algorithms, warn_only=True)
     _check_output(args)
 
-    train, val = _read_data(args)
-    label_of = _labels(train, args.weights)
+    train, val = read_data(args)
+    label_of = labels_of(train, args.weights)
     say(f"{len(train.images)} images to train on, {len(val.images)} to evaluate, {len(label_of)} classes")
     say(scale_lr(args))
     batches, train_loader, val_loader = _loaders(args, device, train, val, label_of)
@@ -66,7 +66,7 @@ def run(args: Namespace) -> None:
     optimizer = make_optimizer(model, args)
     scheduler = make_scheduler(optimizer, args, len(train_loader))
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": precision.scaler}
-    made_for = _made_for(args, label_of)
+    made_for = made_for_of(args, label_of)
     schedule = _schedule(args, len(train_loader))
     if args.test_only:
         if args.resume:
@@ -124,7 +124,7 @@ def _evaluate(
     return metrics
 
 
-def _made_for(args: Namespace, label_of: dict[int, int]) -> dict[str, Any]:
+def made_for_of(args: Namespace, label_of: dict[int, int]) -> dict[str, Any]:
     """What a checkpoint must agree with to be continued from or evaluated."""
     backbone = "small" if args.small else args.backbone
     return {"model": args.model, "backbone": backbone, "pyramid": args.pyramid, "label of each category": label_of}
@@ -158,7 +158,7 @@ def _check_output(args: Namespace) -> None:
         raise UserError(f"--output-dir {args.output_dir}: holds {existing.name}; --resume {existing}, or name another")
 
 
-def _read_data(args: Namespace) -> tuple[Split, Split]:
+def read_data(args: Namespace) -> tuple[Split, Split]:
     if args.data_path is None:
         if distributed.is_main():
             args.data_path = shapes_dataset()
@@ -171,7 +171,7 @@ def _read_data(args: Namespace) -> tuple[Split, Split]:
     return train, val
 
 
-def _labels(split: Split, weights: str | None) -> dict[int, int]:
+def labels_of(split: Split, weights: str | None) -> dict[int, int]:
     """The model's label of each category id: 1, 2, ... in the order of the ids, or as ``weights`` have it."""
     if not weights:
         return {category_id: label for label, category_id in enumerate(sorted(split.categories), 1)}

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss, maskrcnn_loss
 
-from ._common import match, summed_loss
+from ._common import Match, match, summed_loss
 
 Targets = list[dict[str, Tensor]]
 
@@ -30,9 +30,7 @@ class LibraRoIHeads(RoIHeads):
             return super().select_training_samples(proposals, targets)
         self.check_targets(targets)
         gt_boxes = [target["boxes"].to(proposals[0].dtype) for target in targets or []]
-        gt_labels = [target["labels"] for target in targets or []]
-        proposals = self.add_gt_proposals(proposals, gt_boxes)
-        matches = [match(self.proposal_matcher, *image) for image in zip(proposals, gt_boxes, gt_labels, strict=True)]
+        proposals, matches = self.candidates(proposals, targets or [])
         positives, negatives = self.fg_bg_sampler(*map(list, zip(*matches, strict=True)))
 
         labels, matched_idxs, matched_boxes = [], [], []
@@ -43,6 +41,13 @@ class LibraRoIHeads(RoIHeads):
             # Without ground truth there is nothing to regress to, but the coder wants a box for each proposal.
             matched_boxes.append(gt_boxes[i][matched_idxs[i]] if len(gt_boxes[i]) else torch.zeros_like(proposals[i]))
         return proposals, matched_idxs, labels, self.box_coder.encode(matched_boxes, proposals)
+
+    def candidates(self, proposals: list[Tensor], targets: Targets) -> tuple[list[Tensor], list[Match]]:
+        """What the sampler chooses from: the proposals and the ground truths of each image, and their matches."""
+        gt_boxes = [target["boxes"].to(proposals[0].dtype) for target in targets]
+        gt_labels = [target["labels"] for target in targets]
+        boxes = self.add_gt_proposals(proposals, gt_boxes)
+        return boxes, [match(self.proposal_matcher, *image) for image in zip(boxes, gt_boxes, gt_labels, strict=True)]
 
     def forward(
         self,

@@ -1,0 +1,59 @@
+import pytest
+import torch
+from PIL import Image
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+
+import plot_sampling
+from balanced_learning import IoUBalancedSampler
+
+SMALL = ["--small", "--min-size", "64", "--max-size", "96", "-j", "0", "--device", "cpu"]
+
+
+def candidates(ious: torch.Tensor) -> plot_sampling.Candidates:
+    """Negatives alone; the last are the hardest."""
+    size = len(ious)
+    nothing = torch.zeros(size, dtype=torch.int64)
+    hardness = torch.arange(size).float()
+    return plot_sampling.Candidates(
+        torch.rand(3, 32, 32), torch.rand(1, 4), torch.rand(size, 4), nothing, ious, nothing, hardness
+    )
+
+
+def test_shares_are_those_that_the_samplers_draw():
+    ious = torch.cat([torch.full((900,), 0.01), torch.full((60,), 0.21), torch.full((40,), 0.46)])
+    shares = plot_sampling.interval_shares(
+        [candidates(ious)], IoUBalancedSampler(90, 0.0), BalancedPositiveNegativeSampler(90, 0.0)
+    )
+    assert shares["all"][[0, 4, 9]].tolist() == pytest.approx([0.9, 0.06, 0.04])
+    assert shares["hard"][[0, 4, 9]].tolist() == pytest.approx([0, 50 / 90, 40 / 90])
+    assert shares["random"][[0, 4, 9]].tolist() == pytest.approx([0.9, 0.06, 0.04], abs=0.02)
+    assert shares["IoU-balanced"][[0, 4, 9]].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3])
+
+
+def test_fewer_candidates_than_wanted_are_all_drawn():
+    both = IoUBalancedSampler(90, 0.25), BalancedPositiveNegativeSampler(90, 0.25)
+    shares = plot_sampling.interval_shares([candidates(torch.tensor([0.0, 0.3, 0.5]))], *both)
+    for share in shares.values():
+        assert share[[0, 6, 9]].tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_it_prints_a_table_and_draws_two_pictures(coco_root, tmp_path, capsys):
+    plot_sampling.main(["--data-path", str(coco_root), *SMALL, "--output-dir", str(tmp_path / "out")])
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 1 + plot_sampling.INTERVALS + 1
+    assert printed[0].split()[-4:] == ["all", "hard", "random", "IoU-balanced"]
+    for name in ("sampling_ious.png", "sampling_boxes.png"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 100
+
+
+def test_real_images(real_data, tmp_path, capsys):
+    options = ["--data-path", str(real_data("coco_tiny")), *SMALL, "-b", "2", "--output-dir", str(tmp_path)]
+    plot_sampling.main(options)
+    assert "IoU-balanced" in capsys.readouterr().out
+    assert (tmp_path / "sampling_boxes.png").stat().st_size > 20_000
+
+
+def test_retinanet_samples_nothing(coco_root, tmp_path):
+    with pytest.raises(SystemExit, match="--model libra_retinanet: it trains on all anchors"):
+        plot_sampling.main(["--data-path", str(coco_root), "--model", "libra_retinanet", "--output-dir", str(tmp_path)])
