@@ -28,7 +28,8 @@ fi
 export CUDA_HOME BALANCED_LEARNING_BUILD=cuda
 run build "$PYTHON" -m pip install --no-build-isolation --editable ".[test]"
 run info "$PYTHON" -m balanced_learning
-run tests "$PYTHON" -m pytest tests/test_ops.py tests/test_kernels.py tests/test_backend.py
+run tests "$PYTHON" -m pytest tests/test_ops.py tests/test_kernels.py tests/test_backend.py \
+  tests/test_losses.py tests/test_samplers.py tests/test_pyramid.py
 
 # Our kernels alone, and every allocation its own, so that an access beyond a tensor is one beyond an allocation.
 for tool in memcheck racecheck initcheck; do

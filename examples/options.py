@@ -123,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--test-only", action="store_true", help="evaluate, do not train")
     run.add_argument("--print-freq", type=_positive, default=20, metavar="N", help="iterations between reports")
     run.add_argument(
+        "--tensorboard", action="store_true", help="also log metrics and the IoUs of sampled negatives for TensorBoard"
+    )
+    run.add_argument(
         "--coco-backend", choices=["faster-coco-eval", "pycocotools"], default="faster-coco-eval", help="computes AP"
     )
     run.add_argument("--dist-url", default="env://", help="where processes started by torchrun meet")

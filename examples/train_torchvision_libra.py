@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 import checkpoint
 import distributed
 from balanced_learning import backend_info
+from board import Board
 from coco import Split, read_split
 from dataset import AspectRatioBatchSampler, DetectionDataset, augmentation, loader
 from engine import Precision, make_optimizer, make_scheduler, predict, train_one_epoch
@@ -77,6 +78,7 @@ def run(args: Namespace) -> None:
         epoch = checkpoint.load(args.resume, state, made_for | schedule)
         args.start_epoch = epoch + 1
         say(f"continuing from {args.resume}, after epoch {epoch}")
+    board = Board(args.output_dir, model) if args.tensorboard and distributed.is_main() else None
     if distributed.is_main():
         _write_args(args)
 
@@ -96,6 +98,8 @@ def run(args: Namespace) -> None:
         if distributed.is_main():
             rows = write_row(args.output_dir / "metrics.jsonl", {"epoch": epoch, **row, **metrics})
             save_curves(args.output_dir / "curves.png", rows)
+        if board:
+            board.write(rows[-1])
     say(f"done: {args.output_dir}")
 
 
