@@ -1,7 +1,7 @@
 """IoU-balanced negatives and instance-balanced positives.
 
-The functions draw from a boolean mask over the boxes of one image and return such a mask;
-:class:`IoUBalancedSampler` holds the settings and goes over the images of a batch.
+:class:`IoUBalancedSampler` holds the settings and draws for all images of a batch at once: by the compiled op where
+there is one, otherwise in a fixed number of tensor operations, whatever the batch, that wait for the device once.
 """
 
 from collections.abc import Sequence
@@ -115,39 +115,88 @@ class IoUBalancedSampler:
             )
             if masks:
                 return masks[: len(labels)], masks[len(labels) :]
-        _check_not_nan(ious)
-        drawn = [self._draw(*image) for image in zip(labels, ious, matched_idxs, strict=True)]
-        return [positives for positives, _ in drawn], [negatives for _, negatives in drawn]
+        if not labels:
+            return [], []
+        columns = [torch.cat(list(column)) for column in (labels, ious, matched_idxs)]
+        if columns[1].isnan().any():
+            raise _nan_error(ious)
+        sizes = [len(image) for image in labels]
+        positives, negatives = (masks.split(sizes) for masks in self._draw(sizes, *columns))
+        return list(positives), list(negatives)
 
     @property
     def _num_positives(self) -> int:
-        """How many are wanted."""
+        """How many are wanted of an image."""
         return int(self.batch_size_per_image * self.positive_fraction)
 
-    def _draw(self, labels: Tensor, ious: Tensor, matched_idxs: Tensor) -> tuple[Tensor, Tensor]:
-        if self.instance_balanced:
-            positives = draw_shared(labels > 0, matched_idxs, self._num_positives)
-        else:
-            positives = draw_uniform(labels > 0, self._num_positives)
-
-        num_positives = int(positives.sum())
+    def _draw(self, sizes: list[int], labels: Tensor, ious: Tensor, matched_idxs: Tensor) -> tuple[Tensor, Tensor]:
+        """The masks of B images of these sizes, one after the other. [T], [T], [T] -> [T], [T]"""
+        image = _image_of_each(sizes, labels.device)
+        positive, negative = labels > 0, labels == 0
+        num_positives = torch.zeros(len(sizes), dtype=torch.int64, device=labels.device)  # [B]
+        num_positives = num_positives.index_add(0, image, positive.long()).clamp(max=self._num_positives)
         num_negatives = self.batch_size_per_image - num_positives
         if self.max_negatives_per_positive is not None:
-            num_negatives = min(num_negatives, int(self.max_negatives_per_positive * max(1, num_positives)))
-        return positives, self._draw_negatives(labels == 0, ious, num_negatives)
+            limit = self.max_negatives_per_positive * num_positives.clamp(min=1).double()
+            num_negatives = torch.minimum(num_negatives.double(), limit).long()  # rounded down
 
-    def _draw_negatives(self, candidates: Tensor, ious: Tensor, num: int) -> Tensor:
-        """Bins first, then a uniform fill. [M], [M] -> [M]"""
-        floor = self.floor_iou
-        ceiling = largest(ious) if self.max_iou is None else self.max_iou
-        num_below = round(num * self.floor_fraction) if floor > 0 else 0
-        quota = (num - num_below) // self.num_bins
+        # Of negatives: the bin each belongs to, and how many are first drawn from it. -1 is below the floor.
+        bins = iou_bins(ious, self.floor_iou, self._ceiling(ious, image, len(sizes)), self.num_bins)
+        floor_fraction = self.floor_fraction if self.floor_iou > 0 else 0.0
+        num_below = (num_negatives.double() * floor_fraction).round().long()
+        per_bin = (num_negatives - num_below) // self.num_bins
+        quota = torch.where(bins < 0, num_below[image], per_bin[image])
 
-        chosen = draw_uniform(candidates & (ious < floor), num_below)
-        bins = iou_bins(ious, floor, ceiling, self.num_bins)
-        for k in range(self.num_bins):
-            chosen |= draw_uniform(candidates & (bins == k), quota)
-        return chosen | draw_uniform(candidates & ~chosen, num - int(chosen.sum()))
+        # Then they are drawn in order of priority: the ground truths take turns; bins go before what fills up.
+        kind = 3 * image + torch.where(positive, 0, torch.where(negative, 1, 2))
+        group = matched_idxs if self.instance_balanced else torch.zeros_like(matched_idxs)
+        part = _pack(kind, torch.where(positive, group, bins + 1))
+        turn = random_position(part, part)
+        priority = torch.where(positive, turn * self.instance_balanced, (turn >= quota).long())
+        position = random_position(_pack(kind, priority), kind)
+        chosen = position < torch.where(positive, num_positives[image], num_negatives[image])
+        return chosen & positive, chosen & negative
+
+    def _ceiling(self, ious: Tensor, image: Tensor, num_images: int) -> float | Tensor:
+        """Where the last bin ends; without ``max_iou``, for each of the candidates."""
+        if self.max_iou is not None:
+            return self.max_iou
+        return ious.new_zeros(num_images).scatter_reduce(0, image, ious, "amax")[image]
+
+
+def _image_of_each(sizes: list[int], device: torch.device) -> Tensor:
+    """The index of the image of each candidate, without waiting for the device: [2, 3] -> [0, 0, 1, 1, 1]."""
+    repeats = torch.tensor(sizes).to(device, non_blocking=True)
+    return torch.arange(len(sizes), device=device).repeat_interleave(repeats, output_size=sum(sizes))
+
+
+def _pack(high: Tensor, low: Tensor) -> Tensor:
+    """One number to sort by, first by ``high``. [T], [T] -> [T]"""
+    return (high << 40) + low
+
+
+def random_position(key: Tensor, group: Tensor) -> Tensor:
+    """The position of each element among those of its group, by key, and in random order where that is the same.
+
+    Args:
+        key (Tensor[T]): int64. Sorting by it must bring those of a group together.
+        group (Tensor[T]): int64.
+
+    Returns:
+        Tensor[T]: int64.
+
+    Example:
+        >>> random_position(torch.tensor([71, 30, 70]), torch.tensor([7, 3, 7]))
+        tensor([1, 0, 0])
+    """
+    order = torch.randperm(key.numel(), device=key.device)
+    order = order[key[order].argsort(stable=True)]
+    group = group[order]
+    index = torch.arange(key.numel(), device=key.device)
+    is_first = torch.ones_like(group, dtype=torch.bool)
+    is_first[1:] = group[1:] != group[:-1]
+    first = torch.where(is_first, index, 0).cummax(dim=0).values
+    return torch.empty_like(order).index_copy(0, order, index - first)
 
 
 def iou_bins(ious: Tensor, floor: float, ceiling: float | Tensor, num_bins: int) -> Tensor:
@@ -156,7 +205,7 @@ def iou_bins(ious: Tensor, floor: float, ceiling: float | Tensor, num_bins: int)
     Args:
         ious (Tensor[M]): any floating-point type.
         floor (float): where bin 0 begins; -1 is returned for what lies below.
-        ceiling (float or Tensor[]): where the last bin would end. What lies above is in it too.
+        ceiling (float or Tensor[M]): where the last bin would end. What lies above is in it too.
         num_bins (int): number of bins.
 
     Returns:
@@ -164,64 +213,6 @@ def iou_bins(ious: Tensor, floor: float, ceiling: float | Tensor, num_bins: int)
     """
     edges = [floor + (ceiling - floor) * k / num_bins for k in range(num_bins)]
     return sum((ious >= edge for edge in edges), start=torch.full_like(ious, -1, dtype=torch.int64))
-
-
-def largest(ious: Tensor) -> Tensor:
-    """The largest of the IoUs, 0 if there are none. [M] -> []"""
-    return torch.cat([ious, ious.new_zeros(1)]).amax()
-
-
-def draw_uniform(candidates: Tensor, num: int) -> Tensor:
-    """Draws ``num`` of the candidates (all, if there are fewer) without replacement, each equally likely.
-
-    Args:
-        candidates (Tensor[M]): bool.
-        num (int): how many.
-
-    Returns:
-        Tensor[M]: bool, those drawn.
-    """
-    return _mask_of(_shuffled(candidates)[:num], candidates)
-
-
-def draw_shared(candidates: Tensor, groups: Tensor, num: int) -> Tensor:
-    """Draws ``num`` of the candidates (all, if there are fewer) so that the groups share them equally.
-
-    The groups take turns, one random candidate a turn, until none is left; the last, incomplete turn goes to random
-    groups. So each group gets its share or all it has, and at least one if ``num`` allows.
-
-    Args:
-        candidates (Tensor[M]): bool.
-        groups (Tensor[M]): int64, the group of each candidate.
-        num (int): how many.
-
-    Returns:
-        Tensor[M]: bool, those drawn.
-    """
-    indices = _shuffled(candidates)
-    by_turn = _position_in_group(groups[indices]).argsort(stable=True)
-    return _mask_of(indices[by_turn[:num]], candidates)
-
-
-def _shuffled(candidates: Tensor) -> Tensor:
-    """The indices of the candidates in random order."""
-    indices = candidates.nonzero().flatten()
-    return indices[torch.randperm(indices.numel(), device=indices.device)]
-
-
-def _mask_of(indices: Tensor, candidates: Tensor) -> Tensor:
-    mask = torch.zeros_like(candidates)
-    mask[indices] = True
-    return mask
-
-
-def _position_in_group(groups: Tensor) -> Tensor:
-    """How many earlier elements are of the same group: [7, 3, 7, 7, 3] -> [0, 0, 1, 2, 1]."""
-    sorted_groups, order = groups.sort(stable=True)
-    first = torch.searchsorted(sorted_groups, sorted_groups)
-    position = torch.empty_like(order)
-    position[order] = torch.arange(order.numel(), device=order.device) - first
-    return position
 
 
 def _check_batch(labels: Sequence[Tensor], ious: Sequence[Tensor], matched_idxs: Sequence[Tensor]) -> None:
@@ -239,15 +230,14 @@ def _check_batch(labels: Sequence[Tensor], ious: Sequence[Tensor], matched_idxs:
                     f"{name}[{i}] must have the shape [M] of labels[{i}], {list(labels[i].shape)}, "
                     f"got {list(tensor.shape)}"
                 )
-            if tensor.device != labels[i].device:
-                raise ValueError(f"{name}[{i}] must be on the device of labels[{i}], got {tensor.device}")
+            if tensor.device != labels[0].device:
+                raise ValueError(f"{name}[{i}] must be on the device of labels[0], got {tensor.device}")
             if name == "ious" and not tensor.is_floating_point():
                 raise TypeError(f"{name}[{i}] must be of a floating-point type, got {tensor.dtype}")
             if name != "ious" and tensor.dtype != torch.int64:
                 raise TypeError(f"{name}[{i}] must be int64, got {tensor.dtype}")
 
 
-def _check_not_nan(ious: Sequence[Tensor]) -> None:
-    for i, tensor in enumerate(ious):
-        if tensor.isnan().any():
-            raise ValueError(f"ious[{i}] has a NaN at index {int(tensor.isnan().nonzero()[0])}")
+def _nan_error(ious: Sequence[Tensor]) -> ValueError:
+    i, indices = next((i, image.isnan().nonzero()) for i, image in enumerate(ious) if image.isnan().any())
+    return ValueError(f"ious[{i}] has a NaN at index {int(indices[0])}")

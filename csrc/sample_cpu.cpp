@@ -37,7 +37,8 @@ void draw(int64_t* candidates, int64_t size, int64_t num, Random& random, Flag* 
   }
 }
 
-// Marks num of the candidates so that their groups take turns; see draw_shared in samplers.py.
+// Marks num of the candidates so that their groups take turns, one random candidate a turn; the last, incomplete turn
+// goes to random groups.
 void draw_shared(Indices& candidates, const int64_t* group_of, int64_t num, Random& random, bool* marks) {
   std::sort(candidates.begin(), candidates.end(), [&](int64_t a, int64_t b) { return group_of[a] < group_of[b]; });
   struct Group {

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import re
+import warnings
 from unittest import mock
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from balanced_learning import IoUBalancedSampler, _backend, _ops
-from balanced_learning.samplers import draw_shared, draw_uniform, iou_bins
+from balanced_learning.samplers import iou_bins, random_position
 
 # An image in the middle of training: so many negatives, with IoUs spread evenly over the interval.
 INTERVALS = [(900, 0, 0), (191, 0, 0.05), (409, 0.05, 1 / 6), (300, 1 / 6, 1 / 3), (100, 1 / 3, 0.5)]
@@ -184,19 +186,64 @@ def test_uniform_positives_are_equally_likely():
 
 
 def test_ground_truths_and_their_boxes_are_equally_likely():
-    groups = torch.arange(10).repeat_interleave(3)
-    drawn = torch.stack([draw_shared(torch.ones(30, dtype=torch.bool), groups, 4) for _ in range(2000)])
+    image = torch.ones(30, dtype=torch.int64), torch.ones(30), torch.arange(10).repeat_interleave(3)
+    drawn, _ = draw(IoUBalancedSampler(4, 1.0), *image, times=2000)
     assert drawn.unflatten(1, (10, 3)).sum(dim=2).max() == 1
     assert_equally_likely(drawn)
     assert_equally_likely(drawn.unflatten(1, (10, 3)).any(dim=2))
 
 
+def test_the_number_of_operations_does_not_grow_with_the_batch():
+    class Count(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Count.total += 1
+            return function(*args, **(kwargs or {}))
+
+    totals = set()
+    for batch in (2, 3, 9):
+        Count.total = 0
+        with Count():
+            draw(IoUBalancedSampler(max_iou=None, max_negatives_per_positive=3), *crowded_image(), times=batch)
+        totals.add(Count.total)
+    assert len(totals) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_batch_waits_for_the_device_once():
+    image = [tensor.cuda() for tensor in crowded_image()]
+    draw(IoUBalancedSampler(), *image, times=8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        draw(IoUBalancedSampler(), *image, times=8)
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(warning.message) for warning in caught) <= 1
+
+
 def test_drawing_again_gives_another_subset():
-    candidates = torch.arange(100) % 2 == 0
-    first, second = draw_uniform(candidates, 20), draw_uniform(candidates, 20)
+    labels = torch.arange(100) % 2
+    image = labels, labels.float(), labels
+    (first, _), (second, _) = draw(IoUBalancedSampler(20, 1.0), *image), draw(IoUBalancedSampler(20, 1.0), *image)
     assert first.sum() == second.sum() == 20
-    assert not (first & ~candidates).any()
+    assert not (first & (labels == 0)).any()
     assert not torch.equal(first, second)
+
+
+@given(
+    elements=st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 2)), max_size=30),
+    seed=st.integers(0, 2**31),
+)
+def test_positions_count_up_in_every_group_by_priority(elements, seed):
+    torch.manual_seed(seed)
+    columns = torch.tensor(elements, dtype=torch.int64).reshape(-1, 2).T
+    position = random_position(10 * columns[0] + columns[1], columns[0])
+    for group in {group for group, _ in elements}:
+        members = [i for i, element in enumerate(elements) if element[0] == group]
+        members.sort(key=lambda i: position[i])
+        assert position[members].tolist() == list(range(len(members)))
+        assert [elements[i][1] for i in members] == sorted(elements[i][1] for i in members)
 
 
 @pytest.mark.parametrize(
