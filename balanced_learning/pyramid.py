@@ -6,6 +6,8 @@ from typing import TypeVar
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
+from .refinement import ConvRefine, NonLocal
+
 Features = TypeVar("Features", list[Tensor], tuple[Tensor, ...], dict[str, Tensor])
 
 
@@ -24,8 +26,8 @@ class BalancedFeaturePyramid(nn.Module):
     Args:
         in_channels (int): channels of every map.
         refine_level (int): index r of the level whose size the average has; 0 is the finest. The paper's is P4.
-        refine (str, optional): ``"non_local"``, the paper's: :class:`NonLocal`; ``"conv"``: a 3 x 3 convolution and
-            ReLU; ``None``: the average itself, without parameters.
+        refine (str, optional): ``"non_local"``, the paper's: :class:`~balanced_learning.refinement.NonLocal`;
+            ``"conv"``: a 3 x 3 convolution and ReLU; ``None``: the average itself, without parameters.
         init (str): ``"zero"``: the non-local block starts as the identity (later mmdetection); ``"xavier"``: all
             convolutions start from Xavier's uniform distribution, as the published weights did. For ``"conv"``, which
             has no residual and would stay at zero, ``"zero"`` stands for Kaiming's normal distribution.
@@ -73,9 +75,7 @@ class BalancedFeaturePyramid(nn.Module):
             self.refine = nn.Identity()
 
     def forward(self, features: Features) -> Features:
-        if not isinstance(features, list | tuple | Mapping):
-            raise TypeError(f"features must be a list, tuple or dict of tensors, got {type(features).__name__}")
-        levels = list(features.values()) if isinstance(features, Mapping) else list(features)
+        levels = _levels_of(features)
         self._check(levels)
         size = levels[self.refine_level].shape[-2:]
         balanced = sum(self._resize(level, i, self.refine_level, size) for i, level in enumerate(levels)) / len(levels)
@@ -83,8 +83,7 @@ class BalancedFeaturePyramid(nn.Module):
         levels = [
             level + self._resize(refined, self.refine_level, i, level.shape[-2:]) for i, level in enumerate(levels)
         ]
-        rebuild: Callable = type(features)
-        return rebuild(zip(features, levels, strict=True) if isinstance(features, Mapping) else levels)
+        return _like(features, levels)
 
     @staticmethod
     def _resize(x: Tensor, level: int, to_level: int, size: Size) -> Tensor:
@@ -110,59 +109,13 @@ class BalancedFeaturePyramid(nn.Module):
         return f"in_channels={self.in_channels}, refine_level={self.refine_level}"
 
 
-class NonLocal(nn.Module):
-    r"""Embedded-Gaussian non-local block: :math:`x + W_o \, \text{softmax}(\theta(x)^\top \phi(x)) \, g(x)`.
-
-    The logits are not scaled, as in the paper's code. The softmax runs over all H x W positions; their
-    :math:`(HW)^2` matrix is never held where :func:`torch.nn.functional.scaled_dot_product_attention` has a fused
-    kernel: on the CPU and, but for float64, on CUDA.
-
-    Args:
-        channels (int): channels of the map, and of the embeddings.
-        init (str): ``"zero"``: the embeddings start normal with standard deviation 0.01 and the output convolution
-            at 0, so that the block is the identity; ``"xavier"``: all start from Xavier's uniform distribution.
-
-    Reference:
-        Xiaolong Wang, Ross Girshick, Abhinav Gupta, Kaiming He: Non-local Neural Networks.
-        https://arxiv.org/abs/1711.07971
-    """
-
-    def __init__(self, channels: int, *, init: str = "zero") -> None:
-        super().__init__()
-        self.theta = nn.Conv2d(channels, channels, 1)
-        self.phi = nn.Conv2d(channels, channels, 1)
-        self.g = nn.Conv2d(channels, channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
-        for conv in (self.theta, self.phi, self.g, self.out):
-            if init == "xavier":
-                nn.init.xavier_uniform_(conv.weight)
-            else:
-                nn.init.normal_(conv.weight, std=0.01)
-            nn.init.zeros_(conv.get_parameter("bias"))
-        if init == "zero":
-            nn.init.zeros_(self.out.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Contiguous in the channels: with a transposed view the attention silently holds the full matrix.
-        query, key, value = (
-            conv(x).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()  # [N, 1, HW, C]
-            for conv in (self.theta, self.phi, self.g)
-        )
-        mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        return x + self.out(mixed.squeeze(1).transpose(1, 2).reshape(x.shape))
+def _levels_of(features: Features) -> list[Tensor]:
+    if not isinstance(features, list | tuple | Mapping):
+        raise TypeError(f"features must be a list, tuple or dict of tensors, got {type(features).__name__}")
+    return list(features.values()) if isinstance(features, Mapping) else list(features)
 
 
-class ConvRefine(nn.Module):
-    """ReLU of a 3 x 3 convolution, without a residual."""
-
-    def __init__(self, channels: int, *, init: str) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        if init == "xavier":
-            nn.init.xavier_uniform_(self.conv.weight)
-        else:
-            nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.conv.get_parameter("bias"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).relu()
+def _like(features: Features, levels: list[Tensor]) -> Features:
+    """The levels in a container like that of the features, with the same keys."""
+    rebuild: Callable = type(features)
+    return rebuild(zip(features, levels, strict=True) if isinstance(features, Mapping) else levels)
