@@ -20,7 +20,10 @@ TORCH = Path((find_spec("torch") or find_spec("os")).origin).parent
 
 # The stable ABI of torch 2.11: built with one later torch, the kernels run with any.
 FLAGS = ["-O3", "-std=c++17", "-shared", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-SOURCES = {"cpu": ["csrc/balanced_l1_cpu.cpp", "csrc/sample_cpu.cpp"], "cuda": ["csrc/balanced_l1_cuda.cu"]}
+SOURCES = {
+    "cpu": ["csrc/balanced_l1_cpu.cpp", "csrc/sample_cpu.cpp"],
+    "cuda": ["csrc/balanced_l1_cuda.cu", "csrc/sample_cuda.cu"],
+}
 
 
 def missing(kind: str) -> str | None:

@@ -37,7 +37,7 @@ def backend_info() -> dict[str, str]:
     Returns:
         dict: ``balanced_learning``, ``torch``, ``python``: versions; ``cuda``: the CUDA version torch was built for;
         ``gpu``: the devices torch sees; ``driver``: the CUDA version of their driver; ``files``: the kernels that were
-        loaded; ``balanced_l1_loss``, ``IoUBalancedSampler``: what computes them on each device, and why.
+        loaded; ``kernels``: what computes the loss and draws the samples on each device, and why.
 
     Example:
         >>> backend_info()["torch"] == torch.__version__
@@ -48,10 +48,10 @@ def backend_info() -> dict[str, str]:
     except metadata.PackageNotFoundError:
         version = "unknown: used without being installed"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    cpu = f"CPU: {_served(_problem(torch.device('cpu')))}"
-    cuda = [f"{name}: {_served(_problem(torch.device('cuda', i)))}" for i, name in enumerate(gpus)]
+    served = [f"CPU: {_served(_problem(torch.device('cpu')))}"]
+    served += [f"{name}: {_served(_problem(torch.device('cuda', i)))}" for i, name in enumerate(gpus)]
     if not gpus:
-        cuda = [f"CUDA: {_served(_absence('cuda') or 'the kernels are there, but torch sees no GPU')}"]
+        served.append(f"CUDA: {_served(_absence('cuda') or 'the kernels are there, but torch sees no GPU')}")
     driver = torch._C._cuda_getDriverVersion() if gpus else 0  # type: ignore[attr-defined]
     files = [str(path) for kind, path in _LIBRARIES.items() if _absence(kind) is None]
     return {
@@ -62,8 +62,7 @@ def backend_info() -> dict[str, str]:
         "gpu": ", ".join(gpus) or "none that torch can use",
         "driver": f"CUDA {driver // 1000}.{driver % 1000 // 10}" if gpus else "none that torch can use",
         "files": ", ".join(files) or f"no kernels in {Path(__file__).parent}",
-        "balanced_l1_loss": "; ".join([cpu, *cuda]),
-        "IoUBalancedSampler": f"{cpu}; CUDA: {_served('it has no kernels for CUDA')}",
+        "kernels": "; ".join(served),
     }
 
 

@@ -61,18 +61,20 @@ def balanced_l1(
 
 def iou_balanced_sample(
     labels: Sequence[Tensor], ious: Sequence[Tensor], matched_idxs: Sequence[Tensor], *settings: Any
-) -> list[Tensor]:
-    """Masks of the positives of each image, then of the negatives, drawn as :class:`IoUBalancedSampler` does.
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """The masks that :class:`IoUBalancedSampler` returns, and for each image whether there is a NaN among the IoUs.
 
-    All tensors are on the CPU. ``settings`` are those of the op. Nothing is returned if an IoU is NaN.
+    There is at least one image. ``settings`` are those of the op.
     """
-    ious = [image.float() if image.itemsize < 4 else image for image in ious]
-    seed = torch.empty((), dtype=torch.int64).random_()
-    return _sample_op(labels, ious, matched_idxs, seed, *settings)
+    dtype = torch.promote_types(torch.float32, max((image.dtype for image in ious), key=lambda dtype: dtype.itemsize))
+    seed = torch.empty((), dtype=torch.int64, device=labels[0].device).random_()
+    results = _sample_op(labels, [image.to(dtype) for image in ious], matched_idxs, seed, *settings)
+    return results[: len(labels)], results[len(labels) : -1], results[-1]
 
 
 def _sample_fake(labels: Sequence[Tensor], *others: Any) -> list[Tensor]:
-    return [image.new_empty(image.shape, dtype=torch.bool) for image in (*labels, *labels)]
+    shapes = [*(image.shape for image in labels), *(image.shape for image in labels), (len(labels),)]
+    return [labels[0].new_empty(shape, dtype=torch.bool) for shape in shapes]
 
 
 def _forward_fake(input: Tensor, target: Tensor, weight: Tensor | None, *parameters: Any) -> Tensor:

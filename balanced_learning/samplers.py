@@ -27,7 +27,12 @@ class IoUBalancedSampler:
 
     Settings cannot be changed by a call or by assignment; use :func:`dataclasses.replace`. All randomness comes from
     torch's generator of the device the tensors are on, so :func:`torch.manual_seed` fixes the draw: on the same device
-    with the same implementation (see :func:`~balanced_learning.backend_info`), and not from one of these to another.
+    with the same implementation (see :func:`~balanced_learning.backend_info`). From one
+    device or implementation to another, and from one version of this library to the next, it differs.
+
+    A call waits for the device once, to learn of NaNs. On CUDA it launches one kernel for up to 48 images, in which the
+    threads of a block share an image, and works in memory of 24 bytes a candidate; without compiled kernels it is a
+    number of tensor operations that does not depend on the batch.
 
     Args:
         batch_size_per_image (int): boxes to choose in an image.
@@ -99,8 +104,10 @@ class IoUBalancedSampler:
             ValueError: for lists of different length, tensors of different shape, or a NaN among the IoUs.
         """
         _check_batch(labels, ious, matched_idxs)
-        if labels and all(image.device.type == "cpu" and _ops.serves(image) for image in labels):
-            masks = _ops.iou_balanced_sample(
+        if not labels:
+            return [], []
+        if _ops.serves(labels[0]):
+            positives, negatives, has_nan = _ops.iou_balanced_sample(
                 labels,
                 ious,
                 matched_idxs,
@@ -113,24 +120,21 @@ class IoUBalancedSampler:
                 self.floor_fraction,
                 self.max_negatives_per_positive,
             )
-            if masks:
-                return masks[: len(labels)], masks[len(labels) :]
-        if not labels:
-            return [], []
-        columns = [torch.cat(list(column)) for column in (labels, ious, matched_idxs)]
-        if columns[1].isnan().any():
+        else:
+            positives, negatives, has_nan = self._draw(labels, ious, matched_idxs)
+        if any(has_nan.tolist()):
             raise _nan_error(ious)
-        sizes = [len(image) for image in labels]
-        positives, negatives = (masks.split(sizes) for masks in self._draw(sizes, *columns))
-        return list(positives), list(negatives)
+        return positives, negatives
 
     @property
     def _num_positives(self) -> int:
         """How many are wanted of an image."""
         return int(self.batch_size_per_image * self.positive_fraction)
 
-    def _draw(self, sizes: list[int], labels: Tensor, ious: Tensor, matched_idxs: Tensor) -> tuple[Tensor, Tensor]:
-        """The masks of B images of these sizes, one after the other. [T], [T], [T] -> [T], [T]"""
+    def _draw(self, *batch: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """As :func:`_ops.iou_balanced_sample`, in tensor operations over the T candidates of all B images."""
+        sizes = [len(image) for image in batch[0]]
+        labels, ious, matched_idxs = (torch.cat(list(column)) for column in batch)  # [T]
         image = _image_of_each(sizes, labels.device)
         positive, negative = labels > 0, labels == 0
         num_positives = torch.zeros(len(sizes), dtype=torch.int64, device=labels.device)  # [B]
@@ -155,7 +159,8 @@ class IoUBalancedSampler:
         priority = torch.where(positive, turn * self.instance_balanced, (turn >= quota).long())
         position = random_position(_pack(kind, priority), kind)
         chosen = position < torch.where(positive, num_positives[image], num_negatives[image])
-        return chosen & positive, chosen & negative
+        positives, negatives = ((chosen & label).split(sizes) for label in (positive, negative))
+        return list(positives), list(negatives), ious.isnan().any()[None]
 
     def _ceiling(self, ious: Tensor, image: Tensor, num_images: int) -> float | Tensor:
         """Where the last bin ends; without ``max_iou``, for each of the candidates."""

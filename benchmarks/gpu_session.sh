@@ -35,7 +35,8 @@ run tests "$PYTHON" -m pytest tests/test_ops.py tests/test_kernels.py tests/test
 for tool in memcheck racecheck initcheck; do
   run "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$CUDA_HOME/bin/compute-sanitizer" --tool "$tool" --error-exitcode 1 \
     --kernel-name kernel_substring=balanced_learning \
-    "$PYTHON" -m pytest -q tests/test_kernels.py tests/test_ops.py -k "cuda and not compile and not opcheck"
+    "$PYTHON" -m pytest -q tests/test_kernels.py tests/test_ops.py tests/test_samplers.py \
+    -k "cuda and not plain and not compile and not opcheck and not many_draws"
 done
 
 for benchmark in benchmarks/*_speed.py; do

@@ -167,7 +167,7 @@ def first_stages(batch: int, device: str) -> Calls:
 
     def balanced() -> tuple:
         matches, _ = libra.rpn.assign_targets_to_anchors(anchors, targets)
-        return libra.rpn.fg_bg_sampler(*map(list, zip(*matches, strict=True)))
+        return libra.rpn.fg_bg_sampler(*matches[:3])
 
     return {BASELINE: random, OURS: balanced, PLAIN: balanced}
 

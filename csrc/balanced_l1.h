@@ -6,11 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
-#ifdef __CUDACC__
-#define HOST_DEVICE __host__ __device__
-#else
-#define HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace balanced_learning {
 

@@ -1,5 +1,4 @@
-#include <torch/csrc/stable/accelerator.h>
-
+#include "cuda_launch.cuh"
 #include "cuda_packs.cuh"
 
 namespace balanced_learning {
@@ -50,17 +49,6 @@ __global__ void __launch_bounds__(kThreads)
     grads.store(out, i, in.numel);
   });
 }
-
-// The device that kernels are launched on and its current stream.
-struct Launch {
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream = nullptr;
-
-  explicit Launch(const Tensor& tensor) : guard(tensor.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), reinterpret_cast<void**>(&stream)));
-  }
-};
 
 Tensor balanced_l1(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, double alpha,
                    double gamma, double beta, int64_t reduction) {

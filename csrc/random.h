@@ -3,31 +3,36 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace balanced_learning {
 
-// SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014).
+// SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014): number i of a stream
+// needs no other, so that threads need not take turns.
 class Random {
  public:
-  Random(uint64_t seed, uint64_t stream) : state_(mix(mix(seed) + stream)) {}
+  ON_DEVICE Random(uint64_t seed, uint64_t stream) : start_(mix(mix(seed) + stream)) {}
 
-  // Uniform among 0 .. n - 1, for n > 0 (Lemire: Fast random integer generation in an interval, 2019).
-  uint64_t below(uint64_t n) {
-    const uint64_t threshold = (0 - n) % n;
-    unsigned __int128 product;
-    do product = static_cast<unsigned __int128>(next()) * n;
-    while (uint64_t(product) < threshold);
+  ON_DEVICE uint64_t at(uint64_t i) const { return mix(start_ + (i + 1) * 0x9e3779b97f4a7c15); }
+
+  // Uniform among 0 .. n - 1, for n > 0, from number next and, rarely, those after it (Lemire: Fast random integer
+  // generation in an interval, 2019).
+  ON_DEVICE uint64_t below(uint64_t n, uint64_t& next) const {
+    unsigned __int128 product = static_cast<unsigned __int128>(at(next++)) * n;
+    if (uint64_t(product) < n)
+      for (const uint64_t bias = (0 - n) % n; uint64_t(product) < bias;)
+        product = static_cast<unsigned __int128>(at(next++)) * n;
     return uint64_t(product >> 64);
   }
 
  private:
-  static uint64_t mix(uint64_t z) {
+  ON_DEVICE static uint64_t mix(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
     z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
     return z ^ (z >> 31);
   }
-  uint64_t next() { return mix(state_ += 0x9e3779b97f4a7c15); }
 
-  uint64_t state_;
+  uint64_t start_;
 };
 
 }  // namespace balanced_learning

@@ -98,8 +98,8 @@ def find_candidates(model: Any, samples: list[tuple[Tensor, Target]], device: st
     ]
     hardness = hardness.split([len(each) for each in boxes])
     return [
-        Candidates(image, target["boxes"].cpu(), *(each.cpu() for each in (own, *match, hard)))
-        for image, target, own, match, hard in zip(resized, targets, boxes, matches, hardness, strict=True)
+        Candidates(image, target["boxes"].cpu(), *(each.cpu() for each in columns))
+        for image, target, *columns in zip(resized, targets, boxes, *matches[:3], hardness, strict=True)
     ]
 
 

@@ -16,7 +16,7 @@ from balanced_learning import _backend, backend_info
 PROGRAM = """
 import torch
 from balanced_learning import backend_info, balanced_l1_loss
-print(backend_info()["balanced_l1_loss"], balanced_l1_loss(torch.ones(3), torch.zeros(3)).item(), sep="|")
+print(backend_info()["kernels"], balanced_l1_loss(torch.ones(3), torch.zeros(3)).item(), sep="|")
 """
 
 

@@ -2,6 +2,7 @@ import dataclasses
 import math
 import re
 import warnings
+from fractions import Fraction
 from unittest import mock
 
 import pytest
@@ -20,16 +21,20 @@ SIZES = torch.tensor([size for size, _, _ in INTERVALS], dtype=torch.float64)
 NUM_POSITIVES, NUM_NEGATIVES = 65, 447  # of 512
 
 
-@pytest.fixture(scope="module", autouse=True, params=["kernels", "plain"])
-def implementation(request):
-    """Everything holds for the compiled op and without it."""
-    if request.param == "kernels":
-        if not _backend.has_kernels(torch.device("cpu")):
-            pytest.skip("no kernels for cpu here")
-        yield
-    else:
-        with mock.patch.object(_ops, "serves", return_value=False):
-            yield
+BACKENDS = [(device, kind) for device in ("cpu", "cuda") for kind in ("kernels", "plain")]
+
+
+@pytest.fixture(scope="module", autouse=True, params=BACKENDS, ids="-".join)
+def device(request):
+    """Everything holds on every device, for the compiled op and without it."""
+    name, kind = request.param
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if kind == "kernels" and not _backend.has_kernels(torch.zeros(0, device=name).device):
+        pytest.skip(f"no kernels for {name} here")
+    serves = _ops.serves if kind == "kernels" else mock.Mock(return_value=False)
+    with mock.patch.object(_ops, "serves", serves), torch.device(name):
+        yield name
 
 
 def crowded_image() -> tuple[Tensor, Tensor, Tensor]:
@@ -122,8 +127,8 @@ def test_settings_cannot_be_assigned():
         IoUBalancedSampler().floor_iou = 0.1
 
 
-def test_torch_seed_fixes_the_draw(device):
-    image = [tensor.to(device) for tensor in crowded_image()]
+def test_torch_seed_fixes_the_draw():
+    image = crowded_image()
     draws = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -132,45 +137,79 @@ def test_torch_seed_fixes_the_draw(device):
     assert not any(map(torch.equal, draws[0], draws[2]))
 
 
-CANDIDATE = st.tuples(st.integers(-1, 3), st.integers(0, 64), st.integers(0, 4))  # label, IoU in 64ths, match
+# Alike candidates: label, IoU in 64ths, index of the ground truth, and how many there are.
+ALIKE = st.tuples(st.integers(-1, 3), st.integers(0, 64), st.integers(0, 300), st.sampled_from([1, 2, 40, 300]))
+
+
+def wanted_of_parts(sampler: IoUBalancedSampler, num: int) -> list[int]:
+    """Of num negatives, how many come first from below the floor, and from each bin."""
+    below = round(num * sampler.floor_fraction) if sampler.floor_iou > 0 else 0
+    return [below] + [(num - below) // sampler.num_bins] * sampler.num_bins
+
+
+def part_of_each(sampler: IoUBalancedSampler, ious: list[Fraction]) -> Tensor:
+    """0 below the floor, then the number of the bin."""
+    floor = Fraction(sampler.floor_iou)
+    ceiling = max(ious, default=floor) if sampler.max_iou is None else Fraction(sampler.max_iou)
+    edges = [floor + (ceiling - floor) * k / sampler.num_bins for k in range(sampler.num_bins)]
+    return torch.tensor([sum(iou >= edge for edge in edges) for iou in ious], dtype=torch.int64)
+
+
+def assert_shared_equally(drawn: Tensor, available: Tensor) -> None:
+    cut_short = drawn[drawn < available]
+    assert cut_short.numel() == 0 or drawn.max() <= cut_short.min() + 1
 
 
 @given(
-    candidates=st.lists(CANDIDATE, max_size=60),
-    size=st.integers(0, 40),
-    fraction=st.sampled_from([0, 0.25, 0.5, 1]),
-    num_bins=st.integers(1, 5),
-    max_iou=st.sampled_from([0.25, 0.5, 1.0]),
-    instance_balanced=st.booleans(),
+    images=st.lists(st.lists(ALIKE, max_size=12), min_size=1, max_size=3),
+    sampler=st.builds(
+        IoUBalancedSampler,
+        st.sampled_from([0, 1, 7, 40, 512]),
+        st.sampled_from([0, 0.25, 0.5, 1]),
+        num_bins=st.integers(1, 5),
+        max_iou=st.sampled_from([0.25, 0.5, 1.0, None]),
+        floor_iou=st.sampled_from([0, 0.125]),
+        floor_fraction=st.sampled_from([0, 0.25, 1]),
+        instance_balanced=st.booleans(),
+        max_negatives_per_positive=st.sampled_from([None, 0.5, 3]),
+    ),
     seed=st.integers(0, 2**31),
 )
-def test_any_image_gives_exactly_what_it_can(candidates, size, fraction, num_bins, max_iou, instance_balanced, seed):
+def test_any_batch_gives_exactly_what_it_can(images, sampler, seed):
     torch.manual_seed(seed)
-    labels, ious, matched_idxs = torch.tensor(candidates, dtype=torch.int64).reshape(-1, 3).unbind(1)
-    image = labels, ious / 64, matched_idxs
-    before = [tensor.clone() for tensor in image]
-    sampler = IoUBalancedSampler(
-        size, fraction, num_bins=num_bins, max_iou=max_iou, instance_balanced=instance_balanced
-    )
-    positives, negatives = draw(sampler, *image)
-    assert all(map(torch.equal, before, image))
-    assert positives.dtype == negatives.dtype == torch.bool
-    assert (labels[positives] > 0).all()
-    assert (labels[negatives] == 0).all()
+    candidates = [[alike[:3] for alike in image for _ in range(alike[3])] for image in images]
+    columns = [torch.tensor(image, dtype=torch.int64).reshape(-1, 3).unbind(1) for image in candidates]
+    batch = [(labels, ious / 64, matched_idxs) for labels, ious, matched_idxs in columns]
+    before = [[tensor.clone() for tensor in image] for image in batch]
+    all_positives, all_negatives = sampler(*map(list, zip(*batch, strict=True)))
+    for image, unchanged, positives, negatives in zip(batch, before, all_positives, all_negatives, strict=True):
+        labels, ious, matched_idxs = image
+        assert all(map(torch.equal, image, unchanged))
+        assert positives.dtype == negatives.dtype == torch.bool
+        assert (labels[positives] > 0).all()
+        assert (labels[negatives] == 0).all()
 
-    num_positives = min(int(size * fraction), int((labels > 0).sum()))
-    num_negatives = size - num_positives
-    assert positives.sum() == num_positives
-    assert negatives.sum() == min(num_negatives, int((labels == 0).sum()))
+        num_positives = min(int(sampler.batch_size_per_image * sampler.positive_fraction), int((labels > 0).sum()))
+        num_negatives = sampler.batch_size_per_image - num_positives
+        if sampler.max_negatives_per_positive is not None:
+            num_negatives = min(num_negatives, int(sampler.max_negatives_per_positive * max(1, num_positives)))
+        assert positives.sum() == num_positives
+        assert negatives.sum() == min(num_negatives, int((labels == 0).sum()))
 
-    bins = (image[1] * num_bins / max_iou).long().clamp(max=num_bins - 1)
-    drawn, available = (bins[mask].bincount(minlength=num_bins) for mask in (negatives, labels == 0))
-    assert (drawn >= available.clamp(max=num_negatives // num_bins)).all()
+        parts = part_of_each(sampler, [Fraction(iou) for iou in ious.tolist()])
+        wanted = torch.tensor(wanted_of_parts(sampler, num_negatives))
+        drawn, available = (parts[mask].bincount(minlength=len(wanted)) for mask in (negatives, labels == 0))
+        assert (drawn >= torch.minimum(wanted, available)).all()
+        if sampler.instance_balanced:
+            assert_shared_equally(*(matched_idxs[mask].bincount(minlength=301) for mask in (positives, labels > 0)))
 
-    if instance_balanced:
-        drawn, available = (matched_idxs[mask].bincount(minlength=5) for mask in (positives, labels > 0))
-        shares_cut_short = drawn[drawn < available]
-        assert shares_cut_short.numel() == 0 or drawn.max() <= shares_cut_short.min() + 1
+
+def test_counts_are_exact_in_every_one_of_many_draws():
+    """Also in those in which too few candidates were looked at first, which is one in some hundred."""
+    image = all_negative(*[0.1] * 300, *[0.3] * 200, *[0.4] * 100)
+    _, negatives = draw(IoUBalancedSampler(60), *image, times=3000)
+    for part in negatives.split([300, 200, 100], dim=1):
+        assert (part.sum(dim=1) == 20).all()
 
 
 def test_negatives_of_one_bin_are_equally_likely():
@@ -210,9 +249,10 @@ def test_the_number_of_operations_does_not_grow_with_the_batch():
     assert len(totals) == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_batch_waits_for_the_device_once():
-    image = [tensor.cuda() for tensor in crowded_image()]
+def test_a_batch_waits_for_the_device_once(device):
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    image = crowded_image()
     draw(IoUBalancedSampler(), *image, times=8)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -257,9 +297,9 @@ def test_positions_count_up_in_every_group_by_priority(elements, seed):
         ([2, 3], 128, [3, 2]),
     ],
 )
-def test_ground_truths_share_the_positives_equally(available, quota, shares, device):
+def test_ground_truths_share_the_positives_equally(available, quota, shares):
     matched_idxs = torch.arange(len(available)).repeat_interleave(torch.tensor(available))
-    matched_idxs = matched_idxs[torch.randperm(len(matched_idxs))].to(device)
+    matched_idxs = matched_idxs[torch.randperm(len(matched_idxs))]
     labels = torch.ones_like(matched_idxs)
     positives, _ = draw(IoUBalancedSampler(4 * quota), labels, labels.float(), matched_idxs)
     drawn = matched_idxs[positives].bincount(minlength=len(available)).tolist()
@@ -331,10 +371,10 @@ def test_negatives_can_be_limited_by_the_positives(ratio, num_positives, num_neg
     ids=["no candidates", "all positive", "all ignored", "all negative", "too few"],
 )
 @pytest.mark.parametrize("max_iou", [0.5, None])
-def test_one_sided_images(labels, num_positives, num_negatives, max_iou, device):
-    labels = torch.tensor(labels, dtype=torch.int64, device=device)
+def test_one_sided_images(labels, num_positives, num_negatives, max_iou):
+    labels = torch.tensor(labels, dtype=torch.int64)
     sampler = IoUBalancedSampler(8, max_iou=max_iou)
-    positives, negatives = draw(sampler, labels, torch.zeros(len(labels), device=device), torch.zeros_like(labels))
+    positives, negatives = draw(sampler, labels, torch.zeros(len(labels)), torch.zeros_like(labels))
     assert positives.shape == negatives.shape == labels.shape
     assert (positives.sum(), negatives.sum()) == (num_positives, num_negatives)
 

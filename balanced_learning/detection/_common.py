@@ -4,36 +4,50 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 
-class Match(NamedTuple):
-    """The ground truth each of M boxes of an image was matched to."""
+class Matches(NamedTuple):
+    """What the boxes of a batch were matched to: one tensor an image, M boxes in each."""
 
-    labels: Tensor  # int64 [M]: -1 ignored, 0 background, > 0 the label of the ground truth
-    ious: Tensor  # [M]: the best IoU with any ground truth
-    matched_idxs: Tensor  # int64 [M]: index of the ground truth; 0 where there is none
+    labels: list[Tensor]  # int64 [M]: -1 ignored, 0 background, > 0 the label of the ground truth
+    ious: list[Tensor]  # [M]: the best IoU with any ground truth
+    matched_idxs: list[Tensor]  # int64 [M]: index of the ground truth; 0 where there is none
+    matched_boxes: list[Tensor]  # [M, 4]: the ground truth of that index; 0 in an image that has none
 
 
-def match(matcher: Matcher, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> Match:
-    """Matches the boxes of an image as torchvision does, and keeps the IoU that the matcher decided by.
+def match(matcher: Matcher, boxes: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]) -> Matches:
+    """Matches the boxes of B images at once as torchvision does one by one, and keeps the IoU that decides.
+
+    It never waits for the device. The IoUs of all images fill one matrix: B x the most ground truths x the most boxes.
 
     Args:
         matcher (Matcher): torchvision's, with the thresholds of the stage.
-        boxes (Tensor[M, 4]): proposals or anchors, xyxy in pixels.
-        gt_boxes (Tensor[G, 4]): ground truth, xyxy in pixels. G may be 0.
-        gt_labels (Tensor[G]): labels, > 0.
+        boxes (list[Tensor[M, 4]]): proposals or anchors, xyxy in pixels.
+        gt_boxes (list[Tensor[G, 4]]): ground truth, xyxy in pixels. G may be 0.
+        gt_labels (list[Tensor[G]]): labels, at least 0.
     """
-    if gt_boxes.numel() == 0 or boxes.numel() == 0:
-        nothing = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-        return Match(nothing, torch.zeros(len(boxes), dtype=boxes.dtype, device=boxes.device), nothing)
-    quality = box_iou(gt_boxes, boxes)  # [G, M]
-    matched_idxs = matcher(quality)
-    labels = gt_labels[matched_idxs.clamp(min=0)].to(torch.int64)
-    labels[matched_idxs == matcher.BELOW_LOW_THRESHOLD] = 0
-    labels[matched_idxs == matcher.BETWEEN_THRESHOLDS] = -1
-    return Match(labels, quality.amax(dim=0), matched_idxs.clamp(min=0))
+    sizes, num_gts = [len(image) for image in boxes], [len(image) for image in gt_boxes]
+    # One more than there are, which is cut off, so that there is always one to take the maximum over.
+    padded_gt_boxes = pad_sequence([*gt_boxes, gt_boxes[0].new_zeros(1, 4)], batch_first=True)[:-1]  # [B, G, 4]
+    padded_gt_labels = pad_sequence([*gt_labels, gt_labels[0].new_zeros(1)], batch_first=True, padding_value=-1)[:-1]
+    is_padding = (padded_gt_labels < 0)[..., None]
+    quality = box_iou(padded_gt_boxes, pad_sequence(boxes, batch_first=True))  # [B, G, M]
+    if min(num_gts) < quality.shape[1]:
+        quality.masked_fill_(is_padding, 0)  # and not 0 / 0
+    ious, matched_idxs = quality.max(dim=1)
+    matched = ious >= matcher.high_threshold
+    if matcher.allow_low_quality_matches:  # also the best boxes of each ground truth
+        best = quality.amax(dim=2, keepdim=True).masked_fill(is_padding, 2)
+        matched |= (quality == best).any(dim=1)
+    background = torch.where(ious < matcher.low_threshold, 0, -1)
+    labels = torch.where(matched, padded_gt_labels.gather(1, matched_idxs), background)
+    matched_idxs = torch.where(matched, matched_idxs, 0)
+    image = torch.arange(len(boxes), device=ious.device)[:, None]
+    padded = (labels, ious, matched_idxs, padded_gt_boxes[image, matched_idxs])
+    return Matches(*([row[:size] for row, size in zip(column, sizes, strict=True)] for column in padded))
 
 
 def summed_loss(box_loss: nn.Module, input: Tensor, target: Tensor) -> Tensor:

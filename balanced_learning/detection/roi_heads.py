@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss, maskrcnn_loss
 
-from ._common import Match, match, summed_loss
+from ._common import Matches, match, summed_loss
 
 Targets = list[dict[str, Tensor]]
 
@@ -29,25 +29,22 @@ class LibraRoIHeads(RoIHeads):
         if isinstance(self.fg_bg_sampler, BalancedPositiveNegativeSampler):
             return super().select_training_samples(proposals, targets)
         self.check_targets(targets)
-        gt_boxes = [target["boxes"].to(proposals[0].dtype) for target in targets or []]
         proposals, matches = self.candidates(proposals, targets or [])
-        positives, negatives = self.fg_bg_sampler(*map(list, zip(*matches, strict=True)))
-
-        labels, matched_idxs, matched_boxes = [], [], []
-        for i, sampled in enumerate(torch.where(p | n)[0] for p, n in zip(positives, negatives, strict=True)):
-            proposals[i] = proposals[i][sampled]
-            labels.append(matches[i].labels[sampled])
-            matched_idxs.append(matches[i].matched_idxs[sampled])
-            # Without ground truth there is nothing to regress to, but the coder wants a box for each proposal.
-            matched_boxes.append(gt_boxes[i][matched_idxs[i]] if len(gt_boxes[i]) else torch.zeros_like(proposals[i]))
+        positives, negatives = self.fg_bg_sampler(*matches[:3])
+        sampled = torch.where(torch.cat(positives) | torch.cat(negatives))[0]
+        ends = torch.tensor([len(image) for image in proposals], device=sampled.device).cumsum(dim=0)
+        splits = torch.searchsorted(sampled, ends)[:-1].tolist()
+        proposals, labels, matched_idxs, matched_boxes = (
+            list(torch.cat(column)[sampled].tensor_split(splits))
+            for column in (proposals, matches.labels, matches.matched_idxs, matches.matched_boxes)
+        )
         return proposals, matched_idxs, labels, self.box_coder.encode(matched_boxes, proposals)
 
-    def candidates(self, proposals: list[Tensor], targets: Targets) -> tuple[list[Tensor], list[Match]]:
+    def candidates(self, proposals: list[Tensor], targets: Targets) -> tuple[list[Tensor], Matches]:
         """What the sampler chooses from: the proposals and the ground truths of each image, and their matches."""
         gt_boxes = [target["boxes"].to(proposals[0].dtype) for target in targets]
-        gt_labels = [target["labels"] for target in targets]
         boxes = self.add_gt_proposals(proposals, gt_boxes)
-        return boxes, [match(self.proposal_matcher, *image) for image in zip(boxes, gt_boxes, gt_labels, strict=True)]
+        return boxes, match(self.proposal_matcher, boxes, gt_boxes, [target["labels"] for target in targets])
 
     def forward(
         self,

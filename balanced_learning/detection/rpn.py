@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from ._common import Match, match, summed_loss
+from ._common import Matches, match, summed_loss
 
 
 class LibraRPN(RegionProposalNetwork):
@@ -20,24 +20,24 @@ class LibraRPN(RegionProposalNetwork):
 
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
-    ) -> tuple[list[Match], list[Tensor]]:
+    ) -> tuple[Matches, list[Tensor]]:
         """As torchvision's, but with whole matches for labels: its ``forward`` only hands them to ``compute_loss``."""
-        matches, matched_boxes = [], []
+        images = []  # one by one: together, their many anchors would need too much memory
         for boxes, target in zip(anchors, targets, strict=True):
             gt_boxes = target["boxes"]
-            matches.append(match(self.proposal_matcher, boxes, gt_boxes, gt_boxes.new_ones(len(gt_boxes))))
-            matched_boxes.append(gt_boxes[matches[-1].matched_idxs] if len(gt_boxes) else boxes.new_zeros(boxes.shape))
-        return matches, matched_boxes
+            is_object = torch.ones(len(gt_boxes), dtype=torch.int64, device=gt_boxes.device)
+            images.append(match(self.proposal_matcher, [boxes], [gt_boxes], [is_object]))
+        matches = Matches(*([image for [image] in column] for column in zip(*images, strict=True)))
+        return matches, matches.matched_boxes
 
     def compute_loss(
-        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Match], regression_targets: list[Tensor]
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: Matches, regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        columns = [list(column) for column in zip(*labels, strict=True)]
-        if isinstance(self.fg_bg_sampler, BalancedPositiveNegativeSampler):
-            columns = columns[:1]
-        positive, negative = (torch.where(torch.cat(masks))[0] for masks in self.fg_bg_sampler(*columns))
+        is_random = isinstance(self.fg_bg_sampler, BalancedPositiveNegativeSampler)
+        masks = self.fg_bg_sampler(*labels[: 1 if is_random else 3])
+        positive, negative = (torch.where(torch.cat(images))[0] for images in masks)
         sampled = torch.cat([positive, negative])
         box_loss = summed_loss(self.box_loss, pred_bbox_deltas[positive], torch.cat(regression_targets)[positive])
-        is_object = torch.cat(columns[0])[sampled].to(objectness.dtype)
+        is_object = torch.cat(labels.labels)[sampled].to(objectness.dtype)
         objectness_loss = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], is_object)
         return objectness_loss, box_loss / sampled.numel()

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torchvision.ops
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
@@ -112,6 +114,26 @@ def test_roi_heads_match_as_torchvision_and_hand_the_ious_to_the_sampler():
         assert torch.equal(labels, expected[1][i])
         assert torch.equal(ious, best_iou(boxes[i], gt_boxes[i]))
         assert (ious[len(proposals[i]) :] == 1).all()  # the ground truths, which are among the candidates
+
+
+def test_another_image_costs_few_operations_in_the_second_stage():
+    class Count(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.total += not function.is_view  # a view launches nothing
+            return function(*args, **(kwargs or {}))
+
+    def operations(heads: RoIHeads, num_images: int) -> int:
+        targets = [ground_truth(*random_boxes(5).tolist()) for _ in range(num_images)]
+        with Count() as count:
+            heads.select_training_samples([random_boxes(100) for _ in targets], targets)
+        return count.total
+
+    stock, libra = roi_heads(RoIHeads), roi_heads()
+    stock.fg_bg_sampler, libra.fg_bg_sampler = BalancedPositiveNegativeSampler(512, 0.25), IoUBalancedSampler()
+    of_stock, of_libra = (operations(heads, 9) - operations(heads, 2) for heads in (stock, libra))
+    assert of_libra < of_stock / 4
 
 
 def test_rpn_matches_as_torchvision_and_hands_the_ious_to_the_sampler():

@@ -1,0 +1,72 @@
+// What the CPU and the CUDA op share: the images of a batch, their masks, and the memory to work in.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/Dispatch_v2.h>
+
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "sample.h"
+
+namespace balanced_learning {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The masks of the positives of all images, then those of the negatives, then whether there is a NaN in each image.
+// Device::run(settings, images, seed) samples them.
+template <class Device>
+std::vector<Tensor> iou_balanced_sample(std::vector<Tensor> labels, std::vector<Tensor> ious,
+                                        std::vector<Tensor> matched_idxs, Tensor seed, int64_t batch_size,
+                                        int64_t num_positives, bool instance_balanced, int64_t num_bins,
+                                        std::optional<double> max_iou, double floor_iou, double floor_fraction,
+                                        std::optional<double> max_negatives_per_positive) {
+  const Settings settings{batch_size,
+                          num_positives,
+                          instance_balanced,
+                          num_bins,
+                          max_iou.value_or(-1),
+                          floor_iou,
+                          floor_fraction,
+                          max_negatives_per_positive.value_or(std::numeric_limits<double>::infinity())};
+  const size_t num_images = labels.size();
+  std::vector<Tensor> results;
+  int64_t size = 0;
+  for (size_t i = 0; i < 2 * num_images; ++i)
+    results.push_back(torch::stable::new_empty(labels[i % num_images], labels[i % num_images].sizes(), ScalarType::Bool));
+  results.push_back(torch::stable::new_empty(labels[0], {int64_t(num_images)}, ScalarType::Bool));
+  for (size_t i = 0; i < num_images; ++i) {
+    STD_TORCH_CHECK(ious[i].numel() == labels[i].numel() && matched_idxs[i].numel() == labels[i].numel() &&
+                        ious[i].scalar_type() == ious[0].scalar_type(),
+                    "labels, ious and matched_idxs of an image must be of one size, and all ious of one type");
+    labels[i] = torch::stable::contiguous(labels[i]);
+    ious[i] = torch::stable::contiguous(ious[i]);
+    matched_idxs[i] = torch::stable::contiguous(matched_idxs[i]);
+    size += labels[i].numel();
+  }
+  THO_DISPATCH_V2(ious[0].scalar_type(), "iou_balanced_sample", AT_WRAP([&] {
+    const int64_t bytes = size * sizeof(Ticket) + num_images * (num_bins + 1) * sizeof(Part<scalar_t>);
+    const Tensor memory = torch::stable::new_empty(labels[0], {bytes}, ScalarType::Byte);
+    auto* tickets = static_cast<Ticket*>(memory.mutable_data_ptr());
+    auto* parts = reinterpret_cast<Part<scalar_t>*>(tickets + size);
+    std::vector<Image<scalar_t>> images;
+    for (size_t i = 0; i < num_images; ++i) {
+      images.push_back({labels[i].numel(), static_cast<const int64_t*>(labels[i].const_data_ptr()),
+                        static_cast<const scalar_t*>(ious[i].const_data_ptr()),
+                        static_cast<const int64_t*>(matched_idxs[i].const_data_ptr()),
+                        static_cast<bool*>(results[i].mutable_data_ptr()),
+                        static_cast<bool*>(results[num_images + i].mutable_data_ptr()),
+                        static_cast<bool*>(results.back().mutable_data_ptr()) + i, tickets, parts});
+      tickets += labels[i].numel();
+      parts += num_bins + 1;
+    }
+    Device::run(settings, images, seed);
+  }), AT_FLOATING_TYPES);
+  return results;
+}
+
+}  // namespace balanced_learning
