@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--backbone", default="resnet50", help="any ResNet or ResNeXt of torchvision")
     model.add_argument("--sampler", action=on_off, default=True, help="IoU-balanced sampling (Faster R-CNN)")
     model.add_argument("--pyramid", action=on_off, default=True, help="balanced feature pyramid")
+    model.add_argument(
+        "--path-aggregation", action=on_off, default=False, help="bottom-up path of PAFPN behind the FPN's levels"
+    )
     model.add_argument("--box-loss", action=on_off, default=True, help="balanced L1")
     model.add_argument("--rpn", action=on_off, default=False, help="balance the RPN, too (Faster R-CNN)")
     model.add_argument(
