@@ -46,13 +46,15 @@ def run(args: Namespace) -> None:
     if not args.pyramid:
         raise UserError("--no-pyramid: there is no pyramid to look at")
     model, dataset = model_and_images(args)
-    image = dataset[0][0]
-    if args.image:
-        image = v2.functional.to_dtype(v2.functional.to_image(load_image(args.image)), scale=True)
+    image = _read(args.image) if args.image else dataset[0][0]
     averages, levels = find_heat(model, image.to(args.device))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     plot(image, averages, levels, "PAFPN" if args.path_aggregation else "FPN", args.output_dir / "pyramid.png")
     print(f"wrote pyramid.png to {args.output_dir}")
+
+
+def _read(path: Path) -> Tensor:
+    return v2.functional.to_dtype(v2.functional.to_image(load_image(path)), scale=True)
 
 
 @torch.no_grad()
