@@ -142,6 +142,7 @@ def test_wrong_setting_is_named(argument, value):
         ([*maps()[:3], torch.zeros(2, 3, 4)], ValueError, "got [2, 3, 4] at level 3"),
         (maps([*ODD[:2], (6, 6), (3, 3)]), ValueError, "got [2, 3, 6, 6] at level 2"),  # rounded down
         (maps([*ODD[:2], (7, 7), (4, 4)]), ValueError, "got [2, 3, 7, 7] at level 2"),
+        (maps([*EVEN[:3], (5, 6)]), ValueError, "got [2, 3, 5, 6] at level 3"),
         (maps([*ODD[:4], (4, 3)]), ValueError, "got [2, 3, 4, 3] at level 4"),
     ],
 )

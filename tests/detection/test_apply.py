@@ -275,6 +275,13 @@ def test_applying_twice_is_an_error_and_changes_nothing(kind, parts, build):
     assert layout(model) == before
 
 
+@pytest.mark.parametrize("part", ["pyramid", "path_aggregation"])
+def test_a_neck_of_ones_own_counts_too(part, build):
+    model = apply_libra(build("fasterrcnn"), **(OFF | {part: nn.Identity()}))
+    with pytest.raises(ValueError, match="balanced already"):
+        apply_libra(model, pyramid=False, sampler=False)
+
+
 def test_a_backbone_of_one_level_has_no_pyramid():
     backbone = nn.Sequential(nn.Conv2d(3, 32, 16, stride=16))
     backbone.out_channels = 32
