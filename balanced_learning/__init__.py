@@ -2,13 +2,14 @@
 
 from ._backend import backend_info
 from .losses import BalancedL1Loss, balanced_l1_loss
-from .pyramid import BalancedFeaturePyramid
+from .pyramid import BalancedFeaturePyramid, PathAggregation
 from .samplers import IoUBalancedSampler
 
 __all__ = [
     "BalancedFeaturePyramid",
     "BalancedL1Loss",
     "IoUBalancedSampler",
+    "PathAggregation",
     "backend_info",
     "balanced_l1_loss",
 ]

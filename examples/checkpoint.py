@@ -41,7 +41,7 @@ def load(path: Path, parts: dict[str, Any], made_for: dict[str, Any]) -> int:
     if not isinstance(content, dict) or not {*parts, "epoch", "made_for"} <= content.keys():
         raise UserError(f"{path}: not a checkpoint of this script")
     for name, value in made_for.items():
-        found = content["made_for"].get(name)
+        found = content["made_for"].get(name, False)  # a part that came later is off in older checkpoints
         if found != value:
             raise UserError(f"{path}: a checkpoint of another run: {name} is {found} there and {value} here")
     for name, part in parts.items():

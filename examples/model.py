@@ -23,7 +23,7 @@ from errors import UserError
 def build_model(args: Namespace, num_classes: int) -> nn.Module:
     """Libra Faster R-CNN or Libra RetinaNet, or what is left of it with parts switched off."""
     is_rcnn = args.model == "libra_fasterrcnn"
-    parts = {"pyramid": args.pyramid, "box_loss": args.box_loss}
+    parts = {"pyramid": args.pyramid, "box_loss": args.box_loss, "path_aggregation": args.path_aggregation}
     sizes = {"min_size": args.min_size, "max_size": args.max_size}
     sizes["_skip_resize"] = args.data_augmentation in ("multiscale", "lsj")  # they decide the size in training
     if is_rcnn:

@@ -24,8 +24,9 @@ SHAPES_DEFAULTS = {
 }
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = _parser()
+def parse_args(argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """The options, settled; ``parser`` may be one of :func:`make_parser` that has more of them."""
+    parser = parser or make_parser()
     given, _ = parser.parse_known_args(argv)
     if given.data_path is None:
         parser.set_defaults(**SHAPES_DEFAULTS)
@@ -34,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Trains Libra Faster R-CNN or Libra RetinaNet, or their torchvision baselines, on data in COCO "
         "layout; without --data-path on shapes it draws itself.",
@@ -63,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--backbone", default="resnet50", help="any ResNet or ResNeXt of torchvision")
     model.add_argument("--sampler", action=on_off, default=True, help="IoU-balanced sampling (Faster R-CNN)")
     model.add_argument("--pyramid", action=on_off, default=True, help="balanced feature pyramid")
+    model.add_argument(
+        "--path-aggregation", action=on_off, default=False, help="bottom-up path of PAFPN behind the FPN's levels"
+    )
     model.add_argument("--box-loss", action=on_off, default=True, help="balanced L1")
     model.add_argument("--rpn", action=on_off, default=False, help="balance the RPN, too (Faster R-CNN)")
     model.add_argument(

@@ -20,13 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
-import checkpoint
 from balanced_learning import IoUBalancedSampler
-from dataset import DetectionDataset, Target
+from dataset import Target
 from errors import UserError
-from model import build_model
+from figures import model_and_images
 from options import parse_args
-from train_torchvision_libra import labels_of, made_for_of, read_data
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -60,14 +58,7 @@ def run(args: Namespace) -> None:
     if args.model != "libra_fasterrcnn":
         raise UserError(f"--model {args.model}: it trains on all anchors and samples none")
     args.sampler = True
-    torch.manual_seed(args.seed)
-    train, _ = read_data(args)
-    label_of = labels_of(train, args.weights)
-    model: Any = build_model(args, max(label_of.values()) + 1).to(args.device)
-    if args.resume:
-        checkpoint.load(args.resume, {"model": model}, made_for_of(args, label_of))
-    images = [image for image in train.images if train.boxes(image)][: args.batch_size]
-    dataset = DetectionDataset(train, label_of, images)
+    model, dataset = model_and_images(args)
     candidates = find_candidates(model, [dataset[i] for i in range(len(dataset))], args.device)
 
     balanced = model.roi_heads.fg_bg_sampler
@@ -83,7 +74,7 @@ def run(args: Namespace) -> None:
 @torch.no_grad()
 def find_candidates(model: Any, samples: list[tuple[Tensor, Target]], device: str) -> list[Candidates]:
     """The boxes that one training step would choose from."""
-    model.eval().rpn.train()  # in training it proposes more
+    model.rpn.train()  # in training it proposes more
     images = [image.to(device) for image, _ in samples]
     targets = [{key: target[key].to(device) for key in ("boxes", "labels")} for _, target in samples]
     batch, targets = model.transform(images, targets)

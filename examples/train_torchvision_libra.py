@@ -131,7 +131,8 @@ def _evaluate(
 def made_for_of(args: Namespace, label_of: dict[int, int]) -> dict[str, Any]:
     """What a checkpoint must agree with to be continued from or evaluated."""
     backbone = "small" if args.small else args.backbone
-    return {"model": args.model, "backbone": backbone, "pyramid": args.pyramid, "label of each category": label_of}
+    necks = {"pyramid": args.pyramid, "path_aggregation": args.path_aggregation}
+    return {"model": args.model, "backbone": backbone, **necks, "label of each category": label_of}
 
 
 def _schedule(args: Namespace, iterations: int) -> dict[str, Any]:

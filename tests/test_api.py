@@ -14,6 +14,7 @@ def test_public_names() -> None:
         "BalancedFeaturePyramid",
         "BalancedL1Loss",
         "IoUBalancedSampler",
+        "PathAggregation",
         "backend_info",
         "balanced_l1_loss",
     ]

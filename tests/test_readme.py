@@ -10,7 +10,7 @@ import kernel_speed
 import sampler_speed
 import training
 from _common import RESULTS
-from options import _parser
+from options import make_parser
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]
@@ -34,7 +34,7 @@ def test_figures_are_those_a_command_wrote(name, table):
 def test_options_of_the_script_exist(text):
     commands = re.findall(r"train_torchvision_libra\.py (.*)", text.read_text())
     rows = re.findall(r"^\|[^|]*\| (`--.*?)\|$", text.read_text(), re.MULTILINE)
-    known = _parser()._option_string_actions
+    known = make_parser()._option_string_actions
     assert {flag for line in commands + rows for flag in re.findall(r"--[a-z-]+", line)} <= known.keys()
 
 

@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.retinanet import RetinaNetRegressionHead
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from ..losses import BalancedL1Loss
-from ..pyramid import BalancedFeaturePyramid
+from ..pyramid import BalancedFeaturePyramid, PathAggregation
 from ..samplers import IoUBalancedSampler
+from .necks import add_path, add_pyramid, check_path, check_pyramid
 from .retinanet import LibraRetinaNetRegressionHead
 from .roi_heads import LibraRoIHeads
 from .rpn import LibraRPN
@@ -27,12 +28,14 @@ def apply_libra(
     pyramid: bool | nn.Module = True,
     box_loss: bool | nn.Module = True,
     rpn: bool = False,
+    path_aggregation: bool | nn.Module = False,
 ) -> Detector:
     """Builds the three ideas of Libra R-CNN into a torchvision detector, in place.
 
-    Weights stay, every key of the state dict keeps its name (a balanced pyramid adds ``backbone.bfp.*``), targets and
-    detections keep torchvision's format, and its normalisers of the losses stay. For each part ``True`` is the paper's
-    setting, ``False`` torchvision's own; anything else is used as it is.
+    Weights stay, every key of the state dict keeps its name (a balanced pyramid adds ``backbone.bfp.*``, a bottom-up
+    path ``backbone.path_aggregation.*``), targets and detections keep torchvision's format, and its normalisers of the
+    losses stay. For each part ``True`` is the paper's setting, ``False`` torchvision's own; anything else is used as
+    it is.
 
     Args:
         model (FasterRCNN or RetinaNet): a detector of torchvision, with any weights and number of classes.
@@ -47,6 +50,9 @@ def apply_libra(
             the baseline of the paper's table 6. Whatever its reduction, its sum enters torchvision's normalisation.
         rpn (bool): whether the first stage is balanced, too: the parts that are not ``False``, in the paper's setting,
             with bins up to the RPN's own negative threshold (0.3) and beta 1/9.
+        path_aggregation (bool or PathAggregation): whether the levels of the FPN go through a bottom-up path, before
+            coarser ones are made of them: PAFPN, and with a balanced pyramid behind it the paper's Balanced PAFPN
+            (table 5). Their sizes must halve from level to level, which those of torchvision's MobileNets do not.
 
     Returns:
         FasterRCNN or RetinaNet: the same model.
@@ -69,9 +75,11 @@ def apply_libra(
           )
         )
     """
-    _check(model, sampler, pyramid, box_loss, rpn)
+    _check(model, sampler, pyramid, box_loss, rpn, path_aggregation)
+    if path_aggregation is not False:
+        add_path(model, path_aggregation)
     if pyramid is not False:
-        _balance_backbone(model, pyramid)
+        add_pyramid(model, pyramid)
     if isinstance(model, RetinaNet):
         if box_loss is not False:
             head = _as(LibraRetinaNetRegressionHead, model.head.regression_head)
@@ -111,37 +119,13 @@ def _paper_loss(beta: float) -> BalancedL1Loss:
     return BalancedL1Loss(alpha=0.5, gamma=1.5, beta=beta, reduction="sum")
 
 
-def _balance_backbone(model: FasterRCNN | RetinaNet, pyramid: bool | nn.Module) -> None:
-    """Adds the pyramid behind the backbone. A hook, because a module around it would rename the keys inside."""
-    backbone = model.backbone
-    if pyramid is True:
-        pyramid = BalancedFeaturePyramid(backbone.out_channels, refine_level=_refine_level(model))
-        pyramid.to(next(backbone.parameters())).train(backbone.training)
-    backbone.bfp = pyramid
-    backbone.register_forward_hook(_through_pyramid)
-
-
-def _through_pyramid(backbone: nn.Module, _: tuple, features: dict[str, Tensor]) -> dict[str, Tensor]:
-    return backbone.get_submodule("bfp")(features)
-
-
-def _num_levels(model: FasterRCNN | RetinaNet) -> int:
-    generator = model.anchor_generator if isinstance(model, RetinaNet) else model.rpn.anchor_generator
-    return len(generator.sizes)
-
-
-def _refine_level(model: FasterRCNN | RetinaNet) -> int:
-    """The index of P4 among P2 to P6 or P3 to P7, whose coarsest levels are extra blocks; otherwise the middle."""
-    num_levels = _num_levels(model)
-    if num_levels != 5:
-        return num_levels // 2
-    fpn = getattr(model.backbone, "fpn", None)
-    finest_is_p3 = len(fpn.inner_blocks) == 3 if fpn is not None else isinstance(model, RetinaNet)
-    return 1 if finest_is_p3 else 2
-
-
 def _check(
-    model: nn.Module, sampler: bool | Callable, pyramid: bool | nn.Module, box_loss: bool | nn.Module, rpn: bool
+    model: nn.Module,
+    sampler: bool | Callable,
+    pyramid: bool | nn.Module,
+    box_loss: bool | nn.Module,
+    rpn: bool,
+    path_aggregation: bool | nn.Module,
 ) -> None:
     """Everything that can be wrong, before anything is changed."""
     if not isinstance(model, FasterRCNN | RetinaNet):
@@ -159,8 +143,11 @@ def _check(
         )
     if not isinstance(rpn, bool):
         raise TypeError(f"rpn must be True or False, got {rpn!r}")
-    ours = (LibraRoIHeads, LibraRPN, LibraRetinaNetRegressionHead, BalancedFeaturePyramid)
-    if hasattr(model.backbone, "bfp") or any(isinstance(module, ours) for module in model.modules()):
+    if not isinstance(path_aggregation, bool | nn.Module):
+        raise TypeError(f"path_aggregation must be True, False or a PathAggregation, got {path_aggregation!r}")
+    ours = (LibraRoIHeads, LibraRPN, LibraRetinaNetRegressionHead, BalancedFeaturePyramid, PathAggregation)
+    has_neck = hasattr(model.backbone, "bfp") or hasattr(model.backbone, "path_aggregation")
+    if has_neck or any(isinstance(module, ours) for module in model.modules()):
         raise ValueError("model is balanced already: apply_libra works once on a model, with all parts in one call")
 
     if isinstance(model, RetinaNet):
@@ -176,23 +163,10 @@ def _check(
         if is_replaced and type(stage) is not stock:
             raise TypeError(f"model must have torchvision's {stock.__name__}, got {type(stage).__name__}")
     if pyramid is not False:
-        _check_pyramid(model, pyramid)
+        check_pyramid(model, pyramid)
+    if path_aggregation is not False:
+        check_path(model, path_aggregation)
 
 
 def _has_reduction(box_loss: object) -> bool:
     return getattr(box_loss, "reduction", None) in ("none", "mean", "sum")
-
-
-def _check_pyramid(model: FasterRCNN | RetinaNet, pyramid: bool | nn.Module) -> None:
-    num_levels = _num_levels(model)
-    if num_levels < 2:
-        raise ValueError("pyramid must be False for a model whose backbone has a single level")
-    if isinstance(pyramid, BalancedFeaturePyramid):
-        if pyramid.refine_level >= num_levels:
-            raise ValueError(
-                f"pyramid.refine_level must be below the {num_levels} levels of model, got {pyramid.refine_level}"
-            )
-        if pyramid.in_channels != model.backbone.out_channels:
-            raise ValueError(
-                f"pyramid.in_channels must be {model.backbone.out_channels}, as in model, got {pyramid.in_channels}"
-            )

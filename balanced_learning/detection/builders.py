@@ -32,14 +32,15 @@ def libra_fasterrcnn_resnet50_fpn(
     pyramid: bool | nn.Module = True,
     box_loss: bool | nn.Module = True,
     rpn: bool = False,
+    path_aggregation: bool | nn.Module = False,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Libra Faster R-CNN with a ResNet-50 FPN, as :func:`torchvision.models.detection.fasterrcnn_resnet50_fpn`.
 
     Args:
         weights, progress, num_classes, weights_backbone, trainable_backbone_layers, **kwargs: torchvision's.
-            ``weights`` are those of the plain detector, to start from; the pyramid has none.
-        sampler, pyramid, box_loss, rpn: see :func:`apply_libra`.
+            ``weights`` are those of the plain detector, to start from; the necks have none.
+        sampler, pyramid, box_loss, rpn, path_aggregation: see :func:`apply_libra`.
 
     Example:
         >>> model = libra_fasterrcnn_resnet50_fpn(weights_backbone=None, num_classes=7)
@@ -52,7 +53,9 @@ def libra_fasterrcnn_resnet50_fpn(
         trainable_backbone_layers=trainable_backbone_layers,
         **kwargs,
     )
-    return apply_libra(model, sampler=sampler, pyramid=pyramid, box_loss=box_loss, rpn=rpn)
+    return apply_libra(
+        model, sampler=sampler, pyramid=pyramid, box_loss=box_loss, rpn=rpn, path_aggregation=path_aggregation
+    )
 
 
 def libra_retinanet_resnet50_fpn(
@@ -64,14 +67,15 @@ def libra_retinanet_resnet50_fpn(
     trainable_backbone_layers: int | None = None,
     pyramid: bool | nn.Module = True,
     box_loss: bool | nn.Module = True,
+    path_aggregation: bool | nn.Module = False,
     **kwargs: Any,
 ) -> RetinaNet:
     """Libra RetinaNet with a ResNet-50 FPN, as :func:`torchvision.models.detection.retinanet_resnet50_fpn`.
 
     Args:
         weights, progress, num_classes, weights_backbone, trainable_backbone_layers, **kwargs: torchvision's.
-            ``weights`` are those of the plain detector, to start from; the pyramid has none.
-        pyramid, box_loss: see :func:`apply_libra`.
+            ``weights`` are those of the plain detector, to start from; the necks have none.
+        pyramid, box_loss, path_aggregation: see :func:`apply_libra`.
 
     Example:
         >>> model = libra_retinanet_resnet50_fpn(weights_backbone=None, num_classes=7)
@@ -84,7 +88,7 @@ def libra_retinanet_resnet50_fpn(
         trainable_backbone_layers=trainable_backbone_layers,
         **kwargs,
     )
-    return apply_libra(model, pyramid=pyramid, box_loss=box_loss)
+    return apply_libra(model, pyramid=pyramid, box_loss=box_loss, path_aggregation=path_aggregation)
 
 
 def libra_fasterrcnn(
@@ -98,6 +102,7 @@ def libra_fasterrcnn(
     pyramid: bool | nn.Module = True,
     box_loss: bool | nn.Module = True,
     rpn: bool = False,
+    path_aggregation: bool | nn.Module = False,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Libra Faster R-CNN on P2 to P6 of any ResNet or ResNeXt of torchvision.
@@ -109,7 +114,7 @@ def libra_fasterrcnn(
         weights_backbone (WeightsEnum or str, optional): weights of the backbone; without, it starts from scratch.
         trainable_backbone_layers (int, optional): how many stages, from the last, are trained: 0 to 5. By default 3
             with weights, 5 without.
-        sampler, pyramid, box_loss, rpn: see :func:`apply_libra`.
+        sampler, pyramid, box_loss, rpn, path_aggregation: see :func:`apply_libra`.
         **kwargs: for :class:`torchvision.models.detection.FasterRCNN`.
 
     Raises:
@@ -120,7 +125,9 @@ def libra_fasterrcnn(
     """
     backbone = _backbone(backbone_name, weights_backbone, progress, trainable_backbone_layers, finest_level=2)
     model = FasterRCNN(backbone, num_classes, **kwargs)
-    return apply_libra(model, sampler=sampler, pyramid=pyramid, box_loss=box_loss, rpn=rpn)
+    return apply_libra(
+        model, sampler=sampler, pyramid=pyramid, box_loss=box_loss, rpn=rpn, path_aggregation=path_aggregation
+    )
 
 
 def libra_retinanet(
@@ -132,13 +139,14 @@ def libra_retinanet(
     trainable_backbone_layers: int | None = None,
     pyramid: bool | nn.Module = True,
     box_loss: bool | nn.Module = True,
+    path_aggregation: bool | nn.Module = False,
     **kwargs: Any,
 ) -> RetinaNet:
     """Libra RetinaNet on P3 to P7 of any ResNet or ResNeXt of torchvision.
 
     Args:
         backbone_name, progress, num_classes, weights_backbone, trainable_backbone_layers: see :func:`libra_fasterrcnn`.
-        pyramid, box_loss: see :func:`apply_libra`.
+        pyramid, box_loss, path_aggregation: see :func:`apply_libra`.
         **kwargs: for :class:`torchvision.models.detection.RetinaNet`.
 
     Raises:
@@ -148,7 +156,12 @@ def libra_retinanet(
         >>> model = libra_retinanet(backbone_name="resnet18", weights_backbone=None, num_classes=7, min_size=320)
     """
     backbone = _backbone(backbone_name, weights_backbone, progress, trainable_backbone_layers, finest_level=3)
-    return apply_libra(RetinaNet(backbone, num_classes, **kwargs), pyramid=pyramid, box_loss=box_loss)
+    return apply_libra(
+        RetinaNet(backbone, num_classes, **kwargs),
+        pyramid=pyramid,
+        box_loss=box_loss,
+        path_aggregation=path_aggregation,
+    )
 
 
 def _backbone(

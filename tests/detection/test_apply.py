@@ -11,7 +11,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign
 
-from balanced_learning import BalancedFeaturePyramid, BalancedL1Loss, IoUBalancedSampler
+from balanced_learning import BalancedFeaturePyramid, BalancedL1Loss, IoUBalancedSampler, PathAggregation
 from balanced_learning.detection import apply_libra
 
 NEW_KEYS = [
@@ -24,10 +24,14 @@ def settings(loss: BalancedL1Loss) -> tuple[float, float, float]:
     return loss.alpha, loss.gamma, loss.beta
 
 
+def hooks(module: nn.Module) -> tuple[int, int]:
+    return len(module._forward_pre_hooks), len(module._forward_hooks)
+
+
 def layout(model: nn.Module) -> list:
     """All that apply_libra could change in a model."""
     return [
-        (name, type(module), sorted(vars(module)), list(module._modules), len(module._forward_hooks))
+        (name, type(module), sorted(vars(module)), list(module._modules), hooks(module))
         for name, module in model.named_modules()
     ]
 
@@ -229,6 +233,24 @@ def test_a_stage_of_another_class_is_refused_and_nothing_changed(kind, stage, st
             ValueError,
             "pyramid.refine_level must be below the 5 levels of model, got 5",
         ),
+        (
+            "fasterrcnn",
+            {"path_aggregation": 4},
+            TypeError,
+            "path_aggregation must be True, False or a PathAggregation, got 4",
+        ),
+        (
+            "fasterrcnn",
+            {"path_aggregation": PathAggregation(32, 3)},
+            ValueError,
+            "path_aggregation.num_levels must be 4, as in the fpn of model, got 3",
+        ),
+        (
+            "retinanet",
+            {"path_aggregation": PathAggregation(64, 3)},
+            ValueError,
+            "path_aggregation.in_channels must be 32, as in model, got 64",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named_and_nothing_changed(kind, arguments, error, message, build):
@@ -241,8 +263,9 @@ def test_a_wrong_argument_is_named_and_nothing_changed(kind, arguments, error, m
 
 @pytest.mark.parametrize(
     ("kind", "parts"),
-    [("fasterrcnn", [part]) for part in ("pyramid", "sampler", "box_loss", "rpn")]
-    + [("fasterrcnn", ["pyramid", "sampler", "box_loss"]), ("retinanet", ["pyramid"]), ("retinanet", ["box_loss"])],
+    [("fasterrcnn", [part]) for part in ("pyramid", "sampler", "box_loss", "rpn", "path_aggregation")]
+    + [("fasterrcnn", ["pyramid", "sampler", "box_loss"])]
+    + [("retinanet", [part]) for part in ("pyramid", "box_loss", "path_aggregation")],
 )
 def test_applying_twice_is_an_error_and_changes_nothing(kind, parts, build):
     model = apply_libra(build(kind), **(OFF | dict.fromkeys(parts, True)))
@@ -252,13 +275,24 @@ def test_applying_twice_is_an_error_and_changes_nothing(kind, parts, build):
     assert layout(model) == before
 
 
+@pytest.mark.parametrize("part", ["pyramid", "path_aggregation"])
+def test_a_neck_of_ones_own_counts_too(part, build):
+    model = apply_libra(build("fasterrcnn"), **(OFF | {part: nn.Identity()}))
+    with pytest.raises(ValueError, match="balanced already"):
+        apply_libra(model, pyramid=False, sampler=False)
+
+
 def test_a_backbone_of_one_level_has_no_pyramid():
     backbone = nn.Sequential(nn.Conv2d(3, 32, 16, stride=16))
     backbone.out_channels = 32
     anchors, pool = AnchorGenerator(((32,),), ((1.0,),)), MultiScaleRoIAlign(["0"], 2, 2)
     model = detection.FasterRCNN(backbone, 5, rpn_anchor_generator=anchors, box_roi_pool=pool)
+    before = layout(model)
     with pytest.raises(ValueError, match=r"pyramid must be False .* single level"):
         apply_libra(model)
+    with pytest.raises(ValueError, match=r"path_aggregation must be False .* no FeaturePyramidNetwork"):
+        apply_libra(model, pyramid=False, path_aggregation=True)
+    assert layout(model) == before
     assert isinstance(apply_libra(model, pyramid=False).roi_heads.fg_bg_sampler, IoUBalancedSampler)
 
 

@@ -49,9 +49,9 @@ def trained_stages(model: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize(("libra", "torchvision"), RESNET50)
 def test_arguments_and_defaults_are_those_of_torchvision_and_apply_libra(libra, torchvision):
-    parts = {"sampler": True, "pyramid": True, "box_loss": True, "rpn": False}
+    parts = {"sampler": True, "pyramid": True, "box_loss": True, "rpn": False, "path_aggregation": False}
     if torchvision is retinanet_resnet50_fpn:
-        parts = {"pyramid": True, "box_loss": True}
+        parts = {"pyramid": True, "box_loss": True, "path_aggregation": False}
     assert keyword_arguments(libra) == keyword_arguments(torchvision) | parts
     assert any(p.kind is p.VAR_KEYWORD for p in inspect.signature(libra).parameters.values())
 
@@ -73,7 +73,7 @@ def test_by_name_resnet50_is_the_default_and_the_same_model(by_name, resnet50_fp
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_arguments_reach_the_model(builder):
     loss = nn.L1Loss()
-    model = build(builder, min_size=320, pyramid=False, box_loss=loss)
+    model = build(builder, min_size=320, pyramid=False, box_loss=loss, path_aggregation=True)
     assert model.transform.min_size == (320,)
     if isinstance(model, FasterRCNN):
         assert model.roi_heads.box_predictor.cls_score.out_features == 7
@@ -83,6 +83,7 @@ def test_arguments_reach_the_model(builder):
     else:
         assert model.head.classification_head.num_classes == 7
         assert model.head.regression_head.box_loss is loss
+    assert model.backbone.path_aggregation.num_levels == len(model.backbone.fpn.inner_blocks)
     assert not hasattr(model.backbone, "bfp")
 
 
@@ -91,6 +92,7 @@ def test_all_parts_are_those_of_the_paper_by_default(builder):
     model = build(builder)
     retina = isinstance(model, RetinaNet)
     assert isinstance(model.backbone.bfp, BalancedFeaturePyramid)
+    assert not hasattr(model.backbone, "path_aggregation")
     assert model.backbone.bfp.refine_level == (1 if retina else 2)
     loss = (model.head.regression_head if retina else model.roi_heads).box_loss
     assert isinstance(loss, BalancedL1Loss)

@@ -46,6 +46,13 @@ def test_a_checkpoint_of_another_model_says_what_differs(saved):
         load(path, {"model": model}, {"backbone": "resnet50"})
 
 
+def test_a_part_that_a_checkpoint_does_not_know_must_be_off(saved):
+    path, model = saved
+    assert load(path, {"model": model}, MADE_FOR | {"path_aggregation": False}) == 3
+    with pytest.raises(UserError, match="path_aggregation is False there and True here"):
+        load(path, {"model": model}, MADE_FOR | {"path_aggregation": True})
+
+
 def test_weights_that_do_not_fit_are_refused_in_one_line(saved):
     with pytest.raises(UserError, match=r"checkpoint\.pth: does not fit the model .* size mismatch") as caught:
         load(saved[0], {"model": nn.Linear(2, 4)}, MADE_FOR)

@@ -160,6 +160,16 @@ def test_with_all_parts_off_the_model_is_torchvisions(tmp_path, coco_root, train
     assert not any("bfp" in name for name in torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"])
 
 
+@pytest.mark.parametrize("model", ["libra_fasterrcnn", "libra_retinanet"])
+@pytest.mark.parametrize("pyramid", ["--pyramid", "--no-pyramid"])
+def test_path_aggregation_trains_with_and_without_the_pyramid(tmp_path, coco_root, train, model, pyramid):
+    train("--data-path", coco_root, *SMALL, "--model", model, "--path-aggregation", pyramid, "--output-dir", tmp_path)
+    assert math.isfinite(rows(tmp_path)[0]["loss"])
+    weights = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
+    assert any("path_aggregation" in name for name in weights)
+    assert any("bfp" in name for name in weights) == (pyramid == "--pyramid")
+
+
 def test_a_download_that_cannot_be_had_names_its_flag(tmp_path, coco_root, error, monkeypatch):
     def refuse(*_, **__):
         raise URLError("no route to host")
@@ -207,6 +217,7 @@ def test_a_checkpoint_is_never_lost(tmp_path, coco_root, train, error, monkeypat
     assert f"--resume {file}" in error(*options)
     assert "model is libra_fasterrcnn there" in error(*options, "--resume", file, "--model", "libra_retinanet")
     assert "pyramid is True there and False here" in error(*options, "--resume", file, "--no-pyramid")
+    assert "path_aggregation is False there and True here" in error(*options, "--resume", file, "--path-aggregation")
     assert "lr is 0.0025 there and 0.5 here" in error(*options, "--resume", file, "--lr", 0.5)
 
     def explode(parameters, _):
