@@ -38,7 +38,8 @@ def serves(tensor: Tensor) -> bool:
     """Whether to call a function of this file for such a tensor, and not plain PyTorch.
 
     Not for function transforms, which take the formula apart, and not where torch compiles for a GPU, where it makes
-    one kernel of the formula and what is around it. (What it makes of it on the CPU is slower than ours.)
+    one kernel of the formula and what is around it. (What it makes of it on the CPU is slower than ours.) Samples are
+    then drawn by tensor operations, too.
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
@@ -64,11 +65,10 @@ def iou_balanced_sample(
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """The masks that :class:`IoUBalancedSampler` returns, and for each image whether there is a NaN among the IoUs.
 
-    There is at least one image. ``settings`` are those of the op.
+    There is at least one image, and all IoUs are float32 or all are float64. ``settings`` are those of the op.
     """
-    dtype = torch.promote_types(torch.float32, max((image.dtype for image in ious), key=lambda dtype: dtype.itemsize))
-    seed = torch.empty((), dtype=torch.int64, device=labels[0].device).random_()
-    results = _sample_op(labels, [image.to(dtype) for image in ious], matched_idxs, seed, *settings)
+    seed = torch.randint(2**63 - 1, (), device=labels[0].device)
+    results = _sample_op(labels, ious, matched_idxs, seed, *settings)
     return results[: len(labels)], results[len(labels) : -1], results[-1]
 
 

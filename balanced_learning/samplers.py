@@ -27,12 +27,13 @@ class IoUBalancedSampler:
 
     Settings cannot be changed by a call or by assignment; use :func:`dataclasses.replace`. All randomness comes from
     torch's generator of the device the tensors are on, so :func:`torch.manual_seed` fixes the draw: on the same device
-    with the same implementation (see :func:`~balanced_learning.backend_info`). From one
-    device or implementation to another, and from one version of this library to the next, it differs.
+    with the same implementation (see :func:`~balanced_learning.backend_info`). Another device or implementation,
+    compiled code and another version of this library draw otherwise from the same seed.
 
     A call waits for the device once, to learn of NaNs. On CUDA it launches one kernel for up to 48 images, in which the
-    threads of a block share an image, and works in memory of 24 bytes a candidate; without compiled kernels it is a
-    number of tensor operations that does not depend on the batch.
+    threads of a block share an image. It needs 24 bytes of memory a candidate, and compares all positives of an image
+    pair by pair, which is fast for some thousands. Without compiled kernels it is a number of tensor operations that
+    does not depend on the batch.
 
     Args:
         batch_size_per_image (int): boxes to choose in an image.
@@ -106,6 +107,8 @@ class IoUBalancedSampler:
         _check_batch(labels, ious, matched_idxs)
         if not labels:
             return [], []
+        wide = torch.float64 if any(image.dtype == torch.float64 for image in ious) else torch.float32
+        ious = [image.to(wide) for image in ious]  # so that an edge between bins is where it is in every type
         if _ops.serves(labels[0]):
             positives, negatives, has_nan = _ops.iou_balanced_sample(
                 labels,
@@ -171,7 +174,7 @@ class IoUBalancedSampler:
 
 def _image_of_each(sizes: list[int], device: torch.device) -> Tensor:
     """The index of the image of each candidate, without waiting for the device: [2, 3] -> [0, 0, 1, 1, 1]."""
-    repeats = torch.tensor(sizes).to(device, non_blocking=True)
+    repeats = torch.tensor(sizes, device="cpu").to(device, non_blocking=True)
     return torch.arange(len(sizes), device=device).repeat_interleave(repeats, output_size=sum(sizes))
 
 

@@ -16,10 +16,14 @@ struct Settings {
   double floor_iou, floor_fraction, max_negatives_per_positive;
 };
 
-// A candidate, and where it stands in a random order. Orders are unique for all that matters: they have 64 bits.
+// A candidate, and where it stands in a random order.
 struct Ticket {
   uint64_t order, next_order;
   int64_t index;
+
+  ON_DEVICE bool is_before(const Ticket& other) const {
+    return order != other.order ? order < other.order : index < other.index;
+  }
 };
 
 // A part of the negatives. Part 0 lies below the floor, the others are the bins.
@@ -181,7 +185,7 @@ class Sampling {
       bool is_short = false;
       for (Part* part = begin(); part != end(); ++part) {
         if (part->size >= part->num) continue;
-        part->limit = ~uint64_t(0);
+        part->limit = part->limit >> 62 ? ~uint64_t(0) : 4 * part->limit;
         is_short = true;
       }
       state_.is_short = is_short;

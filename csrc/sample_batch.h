@@ -34,15 +34,22 @@ std::vector<Tensor> iou_balanced_sample(std::vector<Tensor> labels, std::vector<
                           floor_fraction,
                           max_negatives_per_positive.value_or(std::numeric_limits<double>::infinity())};
   const size_t num_images = labels.size();
+  STD_TORCH_CHECK(num_images > 0 && ious.size() == num_images && matched_idxs.size() == num_images,
+                  "labels, ious and matched_idxs must have one tensor for each image, and there must be one");
+  for (size_t i = 0; i < num_images; ++i) {
+    for (const Tensor* column : {&labels[i], &ious[i], &matched_idxs[i]})
+      STD_TORCH_CHECK(column->numel() == labels[i].numel() && column->device() == seed.device(),
+                      "labels, ious and matched_idxs of an image must be of one size, and on the device of seed");
+    STD_TORCH_CHECK(labels[i].scalar_type() == ScalarType::Long && matched_idxs[i].scalar_type() == ScalarType::Long &&
+                        seed.scalar_type() == ScalarType::Long && ious[i].scalar_type() == ious[0].scalar_type(),
+                    "labels, matched_idxs and seed must be int64, and all ious of one type");
+  }
   std::vector<Tensor> results;
   int64_t size = 0;
   for (size_t i = 0; i < 2 * num_images; ++i)
     results.push_back(torch::stable::new_empty(labels[i % num_images], labels[i % num_images].sizes(), ScalarType::Bool));
   results.push_back(torch::stable::new_empty(labels[0], {int64_t(num_images)}, ScalarType::Bool));
   for (size_t i = 0; i < num_images; ++i) {
-    STD_TORCH_CHECK(ious[i].numel() == labels[i].numel() && matched_idxs[i].numel() == labels[i].numel() &&
-                        ious[i].scalar_type() == ious[0].scalar_type(),
-                    "labels, ious and matched_idxs of an image must be of one size, and all ious of one type");
     labels[i] = torch::stable::contiguous(labels[i]);
     ious[i] = torch::stable::contiguous(ious[i]);
     matched_idxs[i] = torch::stable::contiguous(matched_idxs[i]);

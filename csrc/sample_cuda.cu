@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "counting_block.h"
 #include "cuda_launch.cuh"
 #include "sample_batch.h"
 
@@ -11,12 +12,13 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int kThreads = 1024;
-constexpr size_t kImagesPerLaunch = 48;  // as many as fit into the 4 KiB of arguments that every GPU takes
+constexpr size_t kImagesPerLaunch = 48;
 
 template <class T>
 struct Images {
   Image<T> images[kImagesPerLaunch];
 };
+static_assert(sizeof(Images<double>) + sizeof(Settings) < 4000, "the arguments of a kernel must fit into 4 KiB");
 
 class ThreadBlock {
  public:
@@ -36,27 +38,6 @@ class ThreadBlock {
   __device__ void for_each(int64_t n, const Body& body) {
     for (int64_t i = threadIdx.x; i < n; i += kThreads) body(i);
     __syncthreads();
-  }
-
-  // Counts, for each ticket, those before it: there are few, about as many as are drawn.
-  template <class GroupOf, class Body>
-  __device__ void for_each_turn(Ticket* tickets, int64_t n, const GroupOf& group_of, const Body& body) {
-    for_each(n, [&](int64_t i) {
-      const uint64_t order = tickets[i].order;
-      const int64_t group = group_of(tickets[i]);
-      int64_t turn = 0;
-      for (int64_t j = 0; j < n; ++j) turn += tickets[j].order < order && group_of(tickets[j]) == group;
-      body(tickets[i], turn);
-    });
-  }
-
-  template <class Body>
-  __device__ void for_each_drawn(Ticket* tickets, int64_t n, int64_t num, const Body& body) {
-    if (num == n) return for_each(n, [&](int64_t i) { body(tickets[i]); });
-    const auto one_group = [](const Ticket&) { return int64_t(0); };
-    for_each_turn(tickets, n, one_group, [&](const Ticket& ticket, int64_t position) {
-      if (position < num) body(ticket);
-    });
   }
 
   // The threads of a warp that count the same thing do so together.
@@ -81,8 +62,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     sample_kernel(Settings settings, Images<T> batch, const int64_t* seed, int64_t first) {
   __shared__ State state;
-  ThreadBlock block(state);
-  Sampling<T, ThreadBlock>(block, settings, batch.images[blockIdx.x], *seed, first + blockIdx.x).run();
+  CountingBlock<ThreadBlock> block(state);
+  Sampling<T, CountingBlock<ThreadBlock>>(block, settings, batch.images[blockIdx.x], *seed, first + blockIdx.x).run();
 }
 
 struct Cuda {

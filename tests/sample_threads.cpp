@@ -1,4 +1,5 @@
-// Samples random images by blocks of one thread and of many; prints how many images the two sample differently.
+// Samples random images by a block of one thread, as the CPU does, and one of many, as a GPU does; prints how many
+// images the two sample differently.
 #include <atomic>
 #include <barrier>
 #include <cstdio>
@@ -7,7 +8,8 @@
 #include <thread>
 #include <vector>
 
-#include "../csrc/sample.h"
+#include "../csrc/counting_block.h"
+#include "../csrc/serial_block.h"
 
 using namespace balanced_learning;
 
@@ -19,9 +21,9 @@ struct Shared {
 };
 
 // As the ThreadBlock of csrc/sample_cuda.cu.
-struct Threads {
-  Shared& shared;
-  int index, count;
+class Threads {
+ public:
+  Threads(Shared& shared, int index, int count) : shared(shared), index(index), count(count) {}
 
   State& state() { return shared.state; }
 
@@ -37,25 +39,6 @@ struct Threads {
     shared.barrier.arrive_and_wait();
   }
 
-  template <class GroupOf, class Body>
-  void for_each_turn(Ticket* tickets, int64_t n, const GroupOf& group_of, const Body& body) {
-    for_each(n, [&](int64_t i) {
-      int64_t turn = 0;
-      for (int64_t j = 0; j < n; ++j)
-        turn += tickets[j].order < tickets[i].order && group_of(tickets[j]) == group_of(tickets[i]);
-      body(tickets[i], turn);
-    });
-  }
-
-  template <class Body>
-  void for_each_drawn(Ticket* tickets, int64_t n, int64_t num, const Body& body) {
-    for_each_turn(
-        tickets, n, [](const Ticket&) { return 0; },
-        [&](const Ticket& ticket, int64_t position) {
-          if (position < num) body(ticket);
-        });
-  }
-
   int64_t add(int64_t& counter) { return std::atomic_ref(counter).fetch_add(1); }
 
   void raise(double& value, double x) {
@@ -63,6 +46,10 @@ struct Threads {
     for (double old = shared_value; x > old && !shared_value.compare_exchange_weak(old, x);) {
     }
   }
+
+ private:
+  Shared& shared;
+  int index, count;
 };
 
 std::vector<char> sample(Settings settings, const std::vector<int64_t>& labels, const std::vector<float>& ious,
@@ -73,14 +60,19 @@ std::vector<char> sample(Settings settings, const std::vector<int64_t>& labels, 
   std::vector<Part<float>> parts(settings.num_bins + 1);
   const Image<float> image{int64_t(size),      labels.data(),         ious.data(),    matched_idxs.data(), marks.get(),
                            marks.get() + size, marks.get() + 2 * size, tickets.data(), parts.data()};
-  Shared shared(count);
-  std::vector<std::thread> threads;
-  for (int i = 0; i < count; ++i)
-    threads.emplace_back([&, i] {
-      Threads block{shared, i, count};
-      Sampling<float, Threads>(block, settings, image, seed, 0).run();
-    });
-  for (std::thread& thread : threads) thread.join();
+  if (count == 1) {
+    SerialBlock block;
+    Sampling<float, SerialBlock>(block, settings, image, seed, 0).run();
+  } else {
+    Shared shared(count);
+    std::vector<std::thread> threads;
+    for (int i = 0; i < count; ++i)
+      threads.emplace_back([&, i] {
+        CountingBlock<Threads> block(shared, i, count);
+        Sampling<float, CountingBlock<Threads>>(block, settings, image, seed, 0).run();
+      });
+    for (std::thread& thread : threads) thread.join();
+  }
   return {marks.get(), marks.get() + 2 * size + 1};
 }
 

@@ -2,14 +2,15 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from kernels import DTYPES, REDUCTIONS, assert_agree, devices, formula, gradients
+from kernels import DTYPES, REDUCTIONS, assert_agree, devices, formula, gradients, needs
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from balanced_learning import _ops, balanced_l1_loss
+from balanced_learning import IoUBalancedSampler, _ops, balanced_l1_loss
 
 PARAMETERS = (0.5, 1.5, 0.7)
 
@@ -29,12 +30,56 @@ def test_opcheck(device: str, reduction: int, weighted: bool, requires_grad: boo
     torch.library.opcheck(_ops._backward_op, (grad, *tensors, *PARAMETERS, reduction))
 
 
+SETTINGS = (512, 128, True, 3, 0.5, 0.0, 0.0, None)
+
+
+def sampling_batch(sizes: list[int], device: str) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """Labels, IoUs, matched indices and a seed."""
+    labels = [torch.multinomial(torch.tensor([8.0, 1.0, 1.0]), size, replacement=True) % 3 for size in sizes]
+    columns = [labels, [torch.rand(size) for size in sizes], [torch.randint(20, (size,)) for size in sizes]]
+    labels, ious, matched_idxs = ([image.to(device) for image in column] for column in columns)
+    return [torch.where(image == 2, -1, image) for image in labels], ious, matched_idxs, torch.tensor(7, device=device)
+
+
 def test_opcheck_of_sampling(device: str) -> None:
-    if device != "cpu":
-        pytest.skip("a kernel of the CPU alone")
-    labels, ious = [torch.tensor([0, 0, 1, -1]), torch.zeros(0, dtype=torch.int64)], [torch.rand(4), torch.rand(0)]
-    settings = (3, 1, True, 3, 0.5, 0.0, 0.0, None)
-    torch.library.opcheck(_ops._sample_op, (labels, ious, labels, torch.tensor(7), *settings))
+    torch.library.opcheck(_ops._sample_op, (*sampling_batch([4, 1], device), *SETTINGS))
+
+
+@needs("cuda")
+@pytest.mark.parametrize("sizes", [[2_000] * 3, [1] * 100, [300_000, 10]])
+def test_one_seed_draws_the_same_on_every_device(device: str, sizes: list[int]) -> None:
+    batch = sampling_batch(sizes, "cpu")
+    moved = [[image.to(device) for image in column] for column in batch[:3]]
+    ours, theirs = _ops._sample_op(*moved, batch[3].to(device), *SETTINGS), _ops._sample_op(*batch, *SETTINGS)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda labels, ious, idxs, seed: ([], [], [], seed), "there must be one"),
+        (lambda labels, ious, idxs, seed: (labels, ious[:1], idxs, seed), "one tensor for each image"),
+        (lambda labels, ious, idxs, seed: (labels, ious, [idxs[0], idxs[1][1:]], seed), "must be of one size"),
+        (lambda labels, ious, idxs, seed: ([labels[0].int(), labels[1]], ious, idxs, seed), "must be int64"),
+        (lambda labels, ious, idxs, seed: (labels, [ious[0], ious[1].double()], idxs, seed), "all ious of one type"),
+    ],
+)
+def test_sampling_reads_no_memory_that_is_not_its_own(device: str, change: Callable, words: str) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        _ops._sample_op(*change(*sampling_batch([5, 3], device)), *SETTINGS)
+
+
+def test_compiled_code_samples_too(device: str) -> None:
+    labels, ious, matched_idxs, _ = sampling_batch([900, 700], device)
+    sample = torch.compile(IoUBalancedSampler(64).__call__, dynamic=True)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        positives, negatives = sample(labels, ious, matched_idxs)
+        draws.append([*positives, *negatives])
+    assert [int(mask.sum()) for mask in draws[0]] == [16, 16, 48, 48]
+    assert all(map(torch.equal, *draws))
+    assert not any((mask & (label < 1)).any() for mask, label in zip(draws[0][:2], labels, strict=True))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -58,6 +58,7 @@ def counts_per_interval(negatives: Tensor) -> Tensor:
 
 
 def assert_mean_is(counts: Tensor, expected: Tensor) -> None:
+    counts, expected = counts.cpu(), expected.cpu()
     error = counts.std(dim=0) / math.sqrt(len(counts))
     assert ((counts.mean(dim=0) - expected).abs() <= 4 * error + 1e-9).all(), f"{counts.mean(dim=0)}, not {expected}"
 
@@ -426,6 +427,17 @@ def test_strided_and_half_precision_tensors_are_read_right():
     for image in (strided, halves):
         for ours, theirs in zip(draw(IoUBalancedSampler(10**6, 1.0), *image), expected, strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_moves_no_edge(dtype):
+    third = torch.tensor(0.5 / 3).to(dtype)
+    is_above = third.double() >= 0.5 / 3
+    ious = torch.cat([torch.zeros(50, dtype=dtype), third.repeat(2), torch.full((50,), 0.4, dtype=dtype)])
+    nothing = torch.zeros(102, dtype=torch.int64)
+    _, negatives = draw(IoUBalancedSampler(30), nothing, ious, nothing, times=20)
+    of_third = negatives[:, 50:52].sum(dim=1)
+    assert (of_third == 2).all() if is_above else (of_third < 2).any()
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ def apply_libra(
             beta 1 (RetinaNet: 0.11). Or a loss with a ``reduction`` attribute, such as ``nn.SmoothL1Loss(beta=1.0)``,
             the baseline of the paper's table 6. Whatever its reduction, its sum enters torchvision's normalisation.
         rpn (bool): whether the first stage is balanced, too: the parts that are not ``False``, in the paper's setting,
-            with bins up to the RPN's own negative threshold (0.3) and beta 1/9.
+            with bins up to the RPN's own negative threshold (0.3) and beta 1/9. For other settings of its sampler,
+            assign ``model.rpn.fg_bg_sampler = dataclasses.replace(model.rpn.fg_bg_sampler, num_bins=5)`` afterwards.
         path_aggregation (bool or PathAggregation): whether the levels of the FPN go through a bottom-up path, before
             coarser ones are made of them: PAFPN, and with a balanced pyramid behind it the paper's Balanced PAFPN
             (table 5). Their sizes must halve from level to level, which those of torchvision's MobileNets do not.

@@ -32,8 +32,8 @@ class LibraRoIHeads(RoIHeads):
         proposals, matches = self.candidates(proposals, targets or [])
         positives, negatives = self.fg_bg_sampler(*matches[:3])
         sampled = torch.where(torch.cat(positives) | torch.cat(negatives))[0]
-        ends = torch.tensor([len(image) for image in proposals], device=sampled.device).cumsum(dim=0)
-        splits = torch.searchsorted(sampled, ends)[:-1].tolist()
+        ends = torch.tensor([len(image) for image in proposals], device="cpu").cumsum(dim=0)
+        splits = torch.searchsorted(sampled.cpu(), ends)[:-1]
         proposals, labels, matched_idxs, matched_boxes = (
             list(torch.cat(column)[sampled].tensor_split(splits))
             for column in (proposals, matches.labels, matches.matched_idxs, matches.matched_boxes)

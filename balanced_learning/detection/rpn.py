@@ -22,12 +22,9 @@ class LibraRPN(RegionProposalNetwork):
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> tuple[Matches, list[Tensor]]:
         """As torchvision's, but with whole matches for labels: its ``forward`` only hands them to ``compute_loss``."""
-        images = []  # one by one: together, their many anchors would need too much memory
-        for boxes, target in zip(anchors, targets, strict=True):
-            gt_boxes = target["boxes"]
-            is_object = torch.ones(len(gt_boxes), dtype=torch.int64, device=gt_boxes.device)
-            images.append(match(self.proposal_matcher, [boxes], [gt_boxes], [is_object]))
-        matches = Matches(*([image for [image] in column] for column in zip(*images, strict=True)))
+        gt_boxes = [target["boxes"] for target in targets]
+        is_object = [torch.ones(len(image), dtype=torch.int64, device=image.device) for image in gt_boxes]
+        matches = match(self.proposal_matcher, anchors, gt_boxes, is_object)
         return matches, matches.matched_boxes
 
     def compute_loss(

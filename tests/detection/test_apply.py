@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -96,6 +97,14 @@ def test_sampler_takes_batch_size_fraction_and_threshold_from_the_model(build):
     apply_libra(model, rpn=True)
     assert model.roi_heads.fg_bg_sampler == IoUBalancedSampler(48, 0.5, num_bins=3, max_iou=0.4)
     assert model.rpn.fg_bg_sampler == IoUBalancedSampler(256, 0.5, num_bins=3, max_iou=0.2)
+
+
+def test_the_sampler_of_the_first_stage_can_be_exchanged(build, targets, train_step):
+    model = apply_libra(build("fasterrcnn"), rpn=True)
+    changed = {"num_bins": 5, "floor_iou": 0.05, "floor_fraction": 0.5, "max_negatives_per_positive": 5}
+    model.rpn.fg_bg_sampler = dataclasses.replace(model.rpn.fg_bg_sampler, **changed)
+    losses, _ = train_step(model, targets)
+    assert all(loss.isfinite() for loss in losses.values())
 
 
 def test_box_losses_have_the_settings_of_the_paper(build):

@@ -10,7 +10,8 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from balanced_learning import IoUBalancedSampler
-from balanced_learning.detection import apply_libra
+from balanced_learning.detection import _common, apply_libra
+from balanced_learning.detection._common import match
 from balanced_learning.detection.retinanet import LibraRetinaNetRegressionHead
 from balanced_learning.detection.roi_heads import LibraRoIHeads
 from balanced_learning.detection.rpn import LibraRPN
@@ -154,7 +155,29 @@ def test_rpn_matches_as_torchvision_and_hands_the_ious_to_the_sampler():
     assert low_quality > 0  # the best anchor of an object is positive whatever its IoU
 
 
-def test_iou_is_computed_once_for_each_image_and_stage(build, targets, train_step, monkeypatch):
+@pytest.mark.parametrize("at_a_time", [1, 2, 8])
+def test_images_are_matched_alike_alone_and_together(at_a_time, monkeypatch):
+    """Also an object whose label says to ignore what is on it."""
+    counts = (5, 1, 0, 3)
+    boxes, gt_boxes = [random_boxes(40) for _ in counts], [random_boxes(count) for count in counts]
+    gt_labels = [torch.tensor([-1, 1, 2, 3, 4])[:count] for count in counts]
+    monkeypatch.setattr(_common, "_MAX_IOUS", at_a_time * 5 * 40)
+    for stage, stock in ((roi_heads(), roi_heads(RoIHeads)), (rpn(), rpn(RegionProposalNetwork))):
+        matches = match(stage.proposal_matcher, boxes, gt_boxes, gt_labels)
+        for image in range(len(counts)):
+            if counts[image] == 0:
+                assert not any(column[image].any() for column in matches)
+                continue
+            expected = stock.proposal_matcher(torchvision.ops.box_iou(gt_boxes[image], boxes[image]))
+            labels = torch.where(
+                expected >= 0, gt_labels[image][expected.clamp(min=0)], torch.where(expected == -1, 0, -1)
+            )
+            assert torch.equal(matches.labels[image], labels)
+            assert torch.equal(matches.matched_idxs[image], expected.clamp(min=0))
+            assert torch.equal(matches.matched_boxes[image], gt_boxes[image][expected.clamp(min=0)])
+
+
+def test_iou_is_computed_once_in_each_stage(build, targets, train_step, monkeypatch):
     model = apply_libra(build("fasterrcnn"), rpn=True)
     calls = []
     original = torchvision.ops.boxes._box_inter_union  # box_iou calls it, under whatever name box_iou was imported
@@ -165,8 +188,7 @@ def test_iou_is_computed_once_for_each_image_and_stage(build, targets, train_ste
 
     monkeypatch.setattr(torchvision.ops.boxes, "_box_inter_union", counted)
     train_step(model, targets)
-    images_with_boxes = sum(len(target["boxes"]) > 0 for target in targets)
-    assert len(calls) == 2 * images_with_boxes
+    assert len(calls) == 2  # for all images together, which are small
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
