@@ -50,7 +50,7 @@ def command(kind: str, output: str) -> list[str]:
     targets = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
     if ARCHITECTURES.endswith("+PTX"):
         targets.append(f"-gencode=arch=compute_{codes[-1]},code=compute_{codes[-1]}")
-    options = ["-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xlinker=--exclude-libs,ALL"]
+    options = ["--threads=0", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xlinker=--exclude-libs,ALL"]
     return [NVCC, *FLAGS, *options, *targets, *files, "-ltorch_cuda"]
 
 
