@@ -38,6 +38,11 @@ class BalancedFeaturePyramid(nn.Module):
         A list, tuple or dict of two or more maps :math:`(N, C, H_l, W_l)`, finest first, of any sizes; the output has
         the same container, keys, order and shapes.
 
+    Export:
+        :func:`torch.export.export` and :func:`torch.onnx.export` with ``dynamo=True`` take the pyramid, also behind a
+        backbone and with dynamic sizes, where levels halve and round up, as those of torchvision do. Exported for any
+        size, maxima are gathered rather than pooled, and in ONNX the attention holds its matrix.
+
     Raises:
         TypeError: if the maps come in another container.
         ValueError: for wrong arguments, fewer than two maps, a ``refine_level`` beyond them, or a map of another shape.
