@@ -40,7 +40,7 @@ class BalancedFeaturePyramid(nn.Module):
 
     Export:
         :func:`torch.export.export` and :func:`torch.onnx.export` with ``dynamo=True`` take the pyramid, also behind a
-        backbone and with dynamic sizes, where levels halve and round up, as those of torchvision do. Exported for any
+        backbone and with dynamic sizes, where levels halve and round up, as those of an FPN do. Exported for any
         size, maxima are gathered rather than pooled, and in ONNX the attention holds its matrix.
 
     Raises:
