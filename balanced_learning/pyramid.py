@@ -1,12 +1,15 @@
 """The balanced feature pyramid: every level strengthened by the same, balanced, semantic features."""
 
 from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
 from .refinement import ConvRefine, NonLocal
+from .resizing import resize
 
 Features = TypeVar("Features", list[Tensor], tuple[Tensor, ...], dict[str, Tensor])
 
@@ -35,6 +38,11 @@ class BalancedFeaturePyramid(nn.Module):
     Shape:
         A list, tuple or dict of two or more maps :math:`(N, C, H_l, W_l)`, finest first, of any sizes; the output has
         the same container, keys, order and shapes.
+
+    Export:
+        :func:`torch.export.export` and :func:`torch.onnx.export` with ``dynamo=True`` take the pyramid, also behind a
+        backbone and with dynamic sizes, where levels halve and round up, as those of an FPN do. Exported for any
+        size, maxima are gathered rather than pooled, and in ONNX the attention holds its matrix.
 
     Raises:
         TypeError: if the maps come in another container.
@@ -77,21 +85,17 @@ class BalancedFeaturePyramid(nn.Module):
     def forward(self, features: Features) -> Features:
         levels = _levels_of(features)
         self._check(levels)
-        size = levels[self.refine_level].shape[-2:]
-        balanced = sum(self._resize(level, i, self.refine_level, size) for i, level in enumerate(levels)) / len(levels)
-        refined = self.refine(balanced)
+        r = self.refine_level
+        size = levels[r].shape[-2:]
+        resized = (level if i == r else resize(level, size, r - i) for i, level in enumerate(levels))
+        balanced = reduce(torch.add, resized) / len(levels)
+        refined = self.refine(balanced).to(balanced.dtype)
+        # Each level is added to the resized map in place: the finest is too large to hold it and the sum.
         levels = [
-            level + self._resize(refined, self.refine_level, i, level.shape[-2:]) for i, level in enumerate(levels)
+            level + refined if i == r else resize(refined, level.shape[-2:], i - r).add_(level)
+            for i, level in enumerate(levels)
         ]
         return _like(features, levels)
-
-    @staticmethod
-    def _resize(x: Tensor, level: int, to_level: int, size: Size) -> Tensor:
-        if level < to_level:
-            return F.adaptive_max_pool2d(x, list(size))
-        if level > to_level:
-            return F.interpolate(x, list(size), mode="nearest")
-        return x
 
     def _check(self, levels: list[Tensor]) -> None:
         if len(levels) < 2:

@@ -1,5 +1,6 @@
 """What a balanced feature pyramid refines its average with."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -7,9 +8,15 @@ from torch import Tensor, nn
 class NonLocal(nn.Module):
     r"""Embedded-Gaussian non-local block: :math:`x + W_o \, \text{softmax}(\theta(x)^\top \phi(x)) \, g(x)`.
 
-    The logits are not scaled, as in the paper's code. The softmax runs over all H x W positions; their
-    :math:`(HW)^2` matrix is never held where :func:`torch.nn.functional.scaled_dot_product_attention` has a fused
-    kernel: on the CPU and, but for float64, on CUDA.
+    The logits are not scaled, as in the paper's code. The softmax runs over all H x W positions, in float32 or wider
+    and after its maximum was taken off, so that no logit overflows. Their :math:`(HW)^2` matrix is never held where
+    :func:`torch.nn.functional.scaled_dot_product_attention` has a fused kernel:
+
+    - on the CPU for every type and number of channels (flash attention);
+    - on CUDA for float16 and bfloat16, up to 256 channels, on Ampere and later (flash attention), otherwise and for
+      float32 where the channels are a multiple of 8 (memory-efficient attention).
+
+    For what remains, such as float64 on CUDA, it is held.
 
     Args:
         channels (int): channels of the map, and of the embeddings.
@@ -37,13 +44,15 @@ class NonLocal(nn.Module):
             nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Contiguous in the channels: with a transposed view the attention silently holds the full matrix.
+        # With the channels last, the flattened maps are contiguous as the attention needs them: from other layouts it
+        # silently holds the full matrix.
+        channels_last = x.contiguous(memory_format=torch.channels_last)
         query, key, value = (
-            conv(x).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()  # [N, 1, HW, C]
+            conv(channels_last).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()  # [N, 1, HW, C]
             for conv in (self.theta, self.phi, self.g)
         )
         mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        return x + self.out(mixed.squeeze(1).transpose(1, 2).reshape(x.shape))
+        return x + self.out(mixed.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class ConvRefine(nn.Module):

@@ -1,13 +1,17 @@
 import math
 import re
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from _explicit import explicit_pyramid
 from balanced_learning import BalancedFeaturePyramid
 
 SIZES = [(50, 84), (25, 42), (13, 21), (7, 11)]  # strides 16 to 128 of 800 x 1344
@@ -17,45 +21,66 @@ def maps(channels: int = 4, sizes: list[tuple[int, int]] = SIZES, **kwargs) -> l
     return [torch.randn(2, channels, *size, **kwargs) for size in sizes]
 
 
-def mmdet(levels: list[Tensor], parameters: dict[str, Tensor], r: int, refine: str | None) -> list[Tensor]:
-    """The forward of mmdet/models/necks/bfp.py and of mmcv's NonLocal2d, with the attention spelled out."""
-
-    def conv(name: str, x: Tensor) -> Tensor:
-        weight, bias = (parameters[f"refine.{name}.{kind}"] for kind in ("weight", "bias"))
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
-
-    size = levels[r].shape[2:]
-    pooled = [F.adaptive_max_pool2d(level, size) for level in levels[:r]]
-    enlarged = [F.interpolate(level, size, mode="nearest") for level in levels[r:]]
-    x = sum(pooled + enlarged) / len(levels)
-    if refine == "conv":
-        x = conv("conv", x).relu()
-    elif refine == "non_local":
-        theta, phi, g = (conv(name, x).flatten(2) for name in ("theta", "phi", "g"))  # [N, C, HW]
-        attention = torch.einsum("nci,ncj->nij", theta, phi).softmax(dim=-1)
-        x = x + conv("out", torch.einsum("nij,ncj->nci", attention, g).reshape(x.shape))
-    finer = [level + F.interpolate(x, level.shape[2:], mode="nearest") for level in levels[:r]]
-    coarser = [level + F.adaptive_max_pool2d(x, level.shape[2:]) for level in levels[r:]]
-    return finer + coarser
+def assert_close(tensors: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float) -> None:
+    """Each differs by no more than this share of its largest value, or of 1 if that is larger."""
+    for tensor, other in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(tensor, other, rtol=0, atol=tolerance * max(1, other.abs().max().item()))
 
 
+def results(
+    pyramid: Callable, bfp: BalancedFeaturePyramid, levels: list[Tensor], upstream: list[Tensor]
+) -> list[Tensor]:
+    """The outputs, and the gradients of the levels and the parameters."""
+    levels = [level.detach().requires_grad_() for level in levels]
+    outputs = pyramid(levels)
+    return [*outputs, *torch.autograd.grad(outputs, [*levels, *bfp.parameters()], upstream)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("refine_level", [0, 1, 2, 3])
 @pytest.mark.parametrize("refine", [None, "conv", "non_local"])
-def test_values_and_gradients_are_those_of_mmdetection(refine, refine_level, device):
+def test_values_and_gradients_are_those_of_mmdetection(refine, refine_level, dtype, tolerance, device):
     sizes = SIZES if refine_level else [(26, 42), (13, 21), (7, 11)]  # the full attention is big at level 0
-    bfp = BalancedFeaturePyramid(4, refine_level=refine_level, refine=refine, init="xavier").double().to(device)
-    levels = [level.to(device).requires_grad_() for level in maps(sizes=sizes, dtype=torch.float64)]
-    parameters = dict(bfp.named_parameters())
-    for name, parameter in parameters.items():
+    bfp = BalancedFeaturePyramid(4, refine_level=refine_level, refine=refine, init="xavier").to(device, dtype)
+    for name, parameter in bfp.named_parameters():
         if "bias" in name:
             nn.init.normal_(parameter)
-    outputs, expected = bfp(levels), mmdet(levels, parameters, refine_level, refine)
-    torch.testing.assert_close(outputs, expected)
+    levels, upstream = ([level.to(device, dtype) for level in maps(sizes=sizes)] for _ in range(2))
+    expected = results(partial(explicit_pyramid, bfp), bfp, levels, upstream)
+    outcome, count = results(bfp, bfp, levels, upstream), len(levels)
+    assert_close(outcome[:count], expected[:count], tolerance)
+    assert_close(outcome[count:], expected[count:], 10 * tolerance)  # those of theta and phi cancel in sums
 
-    upstream = [torch.randn_like(level) for level in levels]
-    inputs = [*levels, *parameters.values()]
-    gradients, expected = (torch.autograd.grad(out, inputs, upstream) for out in (outputs, expected))
-    torch.testing.assert_close(gradients, expected)
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=2, max_size=4),
+    ratio=st.sampled_from([None, 1, 2, 3]),
+    refine=st.sampled_from([None, "conv", "non_local"]),
+    channels_last=st.booleans(),
+    data=st.data(),
+)
+def test_any_sizes_levels_and_layouts(sizes, ratio, refine, channels_last, data):
+    if ratio is not None:
+        coarsest = [size % 2 + 1 for size in sizes[0]]
+        sizes = [(coarsest[0] * ratio**i, coarsest[1] * ratio**i) for i in reversed(range(len(sizes)))]
+    refine_level = data.draw(st.integers(0, len(sizes) - 1))
+    bfp = BalancedFeaturePyramid(2, refine_level=refine_level, refine=refine, init="xavier").double()
+    levels, upstream = maps(2, sizes, dtype=torch.float64), maps(2, sizes, dtype=torch.float64)
+    if channels_last:
+        levels = [level.to(memory_format=torch.channels_last) for level in levels]
+    else:
+        levels = [level.mT.contiguous().mT for level in levels]
+    expected = results(partial(explicit_pyramid, bfp), bfp, levels, upstream)
+    assert_close(results(bfp, bfp, levels, upstream), expected, 1e-10)
+
+
+@pytest.mark.parametrize("refine", [None, "conv", "non_local"])
+def test_compiles_without_a_graph_break(refine):
+    bfp = BalancedFeaturePyramid(4, refine=refine, init="xavier")
+    compiled = torch.compile(bfp, fullgraph=True, backend="aot_eager")
+    for sizes in (SIZES, [(40, 56), (20, 28), (10, 14), (5, 7)]):  # the second time, of dynamic sizes
+        levels, upstream = maps(sizes=sizes), maps(sizes=sizes)
+        assert_close(results(compiled, bfp, levels, upstream), results(bfp, bfp, levels, upstream), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -136,29 +161,57 @@ def test_16_bit_attention_does_not_overflow(dtype, autocast, device):
     assert error.median() < 8 * 64 * torch.finfo(dtype).eps
 
 
-def test_channels_last_gives_the_same():
-    bfp, levels = BalancedFeaturePyramid(16, init="xavier"), maps(16)
-    outputs = bfp([level.to(memory_format=torch.channels_last) for level in levels])
-    torch.testing.assert_close(outputs, bfp(levels), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("refine", [None, "conv", "non_local"])
+def test_autocast_leaves_float32_levels_float32(refine, device):
+    levels = [level.to(device) for level in maps()]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        outputs = BalancedFeaturePyramid(4, refine=refine).to(device)(levels)
+    assert all(level.dtype == torch.float32 for level in outputs)
 
 
-class LargestTensor(TorchDispatchMode):
-    numel = 0
+class Watch(TorchDispatchMode):
+    """The size of the largest tensor that is made, and how many as large as the finest level are not channels last."""
+
+    def __init__(self, finest: int = 0) -> None:
+        super().__init__()
+        self.finest, self.largest, self.other_layout = finest, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, list | tuple) else [result]:
-            self.numel = max(self.numel, x.numel() if isinstance(x, Tensor) else 0)
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.numel())
+                is_finest = x.dim() == 4 and x.numel() == self.finest
+                self.other_layout += is_finest and not x.is_contiguous(memory_format=torch.channels_last)
         return result
 
 
+@pytest.mark.parametrize("container", [list, tuple, lambda levels: OrderedDict(enumerate(levels))])
+@pytest.mark.parametrize("refine", [None, "conv", "non_local"])
+def test_channels_last_stays(refine, container):
+    bfp = BalancedFeaturePyramid(16, refine=refine, init="xavier")
+    levels, upstream = ([level.to(memory_format=torch.channels_last) for level in maps(16)] for _ in range(2))
+    leaves = [level.requires_grad_() for level in levels]
+    with Watch(finest=levels[0].numel()) as watch:
+        outputs = bfp(container(levels))
+        outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs
+        gradients = torch.autograd.grad(outputs, leaves, upstream)
+    assert watch.other_layout == 0
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in (*outputs, *gradients))
+    outputs = bfp([level.contiguous() for level in levels])
+    assert all(x.is_contiguous() for x in outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_the_attention_matrix_is_never_held(memory_format):
-    levels = [level.to(memory_format=memory_format).requires_grad_() for level in maps(16)]
-    bfp = BalancedFeaturePyramid(16, refine_level=0)
-    with LargestTensor() as largest:
+def test_the_attention_matrix_is_never_held(memory_format, dtype, device):
+    if (device, dtype) == ("cuda", torch.float64):
+        pytest.skip("CUDA has no fused attention for float64")
+    levels = [level.to(device, dtype, memory_format=memory_format).requires_grad_() for level in maps(16)]
+    bfp = BalancedFeaturePyramid(16, refine_level=0).to(device, dtype)
+    with Watch() as watch:
         sum(level.sum() for level in bfp(levels)).backward()
-    assert levels[0].numel() <= largest.numel < (50 * 84) ** 2 / 10
+    assert levels[0].numel() <= watch.largest < (50 * 84) ** 2 / 10
 
 
 @pytest.mark.parametrize(

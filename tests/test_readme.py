@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import kernel_speed
+import pyramid_speed
 import sampler_speed
 import training
 from _common import RESULTS
@@ -23,6 +24,7 @@ TEXTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING
         ("training_bccd", training.table),
         ("kernel_speed_cpu", kernel_speed.table),
         ("sampler_speed_cpu", sampler_speed.table),
+        ("pyramid_speed_cpu", pyramid_speed.table),
     ],
 )
 def test_figures_are_those_a_command_wrote(name, table):

@@ -1,0 +1,42 @@
+"""From the size of one level of a pyramid to that of another: maxima of windows, or nearest neighbors."""
+
+import torch
+import torch.nn.functional as F
+from torch import Size, Tensor
+
+
+def resize(x: Tensor, size: Size, halvings: int) -> Tensor:
+    """A new map of this size: adaptive max pooling if it is this many levels coarser, else nearest neighbors.
+
+    Args:
+        x (Tensor): map, shape [N, C, H, W].
+        size (Size): height and width to reach.
+        halvings (int): how many levels coarser they are; negative, or zero, if they are finer, or the same.
+    """
+    if halvings <= 0:
+        return F.interpolate(x, list(size), mode="nearest")
+    step = 2**halvings
+    if all(_is_known(old == step * new) for old, new in zip(x.shape[-2:], size, strict=True)):
+        return F.max_pool2d(x, step)  # the same windows, faster
+    if torch.compiler.is_exporting():
+        return _maxima(_maxima(x, 2, size[0], step), 3, size[1], step)
+    return F.adaptive_max_pool2d(x, list(size))
+
+
+def _is_known(condition: bool | torch.SymBool) -> bool:
+    """Whether it holds; what an export leaves open counts as no."""
+    return isinstance(condition, bool) and condition
+
+
+def _maxima(x: Tensor, dim: int, size: int, step: int) -> Tensor:
+    """Adaptive max pooling along one dimension, of operations that can be exported whatever its size.
+
+    The length of a window would not be constant; so all have the longest, and end by repeating their last position.
+    """
+    length = x.shape[dim]
+    torch._check(length <= step * size, lambda: f"an export needs levels that halve, got sizes {length} and {size}")
+    window = torch.arange(size, device=x.device)
+    first, last = window * length // size, ((window + 1) * length - 1) // size
+    positions = torch.arange(step + 1, device=x.device) + first[:, None]
+    positions = torch.minimum(positions, last[:, None])  # [size, step + 1]
+    return x.index_select(dim, positions.flatten()).unflatten(dim, (size, step + 1)).amax(dim + 1)

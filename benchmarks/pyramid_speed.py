@@ -1,0 +1,158 @@
+"""What the balanced feature pyramid costs, beside mmdetection's with its explicit attention, and in training.
+
+    python benchmarks/pyramid_speed.py
+
+Prints the time and the peak memory of forward and backward, of the pyramid alone (P2 to P6 of images of 800 x 1344, 256
+channels) and of whole training steps of detectors, beside the same step of torchvision's plain one. Writes
+pyramid_speed_<cpu|cuda>.json, also with the times of forward alone, with device, versions and commit.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
+
+from _common import environment, keep_freed_memory, markdown, measure, parser, peak_memory, write
+from _explicit import explicit_pyramid
+from balanced_learning import BalancedFeaturePyramid
+from balanced_learning.detection import apply_libra
+
+Calls = dict[str, Callable[[], Any]]
+
+OURS, BASELINE = "ours", "baseline"
+DETECTORS = {"step of Faster R-CNN": fasterrcnn_resnet50_fpn, "step of RetinaNet": retinanet_resnet50_fpn}
+
+
+class Case(NamedTuple):
+    what: str
+    images: int = 1
+    dtype: str = "float32"
+    channels_last: bool = False
+    compiled: bool = False
+    size: tuple[int, int] = (800, 1344)
+
+
+REFINES, LAYOUTS = ("none", "conv", "non-local"), (False, True)
+QUICK = [
+    *(Case(refine, channels_last=last, size=(128, 192)) for refine in REFINES for last in LAYOUTS),
+    *(Case(step, size=(64, 64)) for step in DETECTORS),
+]
+CPU = [
+    *(Case(refine, channels_last=last) for refine in REFINES for last in LAYOUTS),
+    *(Case("non-local", channels_last=last, compiled=True) for last in LAYOUTS),
+    Case("non-local", dtype="bfloat16", channels_last=True),
+    Case("non-local", 2),
+    *(Case(step) for step in DETECTORS),
+]
+CUDA = [
+    *(
+        Case(refine, images, dtype, channels_last=last)
+        for refine in REFINES
+        for images in (1, 2, 8)
+        for dtype in ("float32", "bfloat16")
+        for last in LAYOUTS
+    ),
+    *(Case("non-local", 2, dtype, last, compiled=True) for dtype in ("float32", "bfloat16") for last in LAYOUTS),
+    *(Case(step, images) for step in DETECTORS for images in (2, 8)),
+]
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    for case in QUICK if args.quick else CUDA if args.device == "cuda" else CPU:
+        calls = training_steps(case, args.device) if case.what in DETECTORS else pyramids(case, args.device)
+        rows.append({**case._asdict(), "costs": costs(calls, args.device, 0.01 if args.quick else 1.0)})
+        print(table({"rows": rows[-1:]}), flush=True)
+    results = {**environment(args.device), "rows": rows}
+    write(args.output / f"pyramid_speed_{args.device}.json", results)
+
+
+def costs(calls: dict[str, Calls], device: str, seconds: float) -> dict[str, dict[str, Any]]:
+    """For each name the times of its calls, and the memory that the whole of forward and backward needs."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, parts in calls.items():
+        parts["both"]()
+        rows[name] = {"peak_bytes": peak_memory(parts["both"], device)}
+    for part in calls[OURS]:
+        turns = [(name, parts[part], nullcontext()) for name, parts in calls.items()]
+        for name, times in measure(turns, seconds).items():
+            rows[name][part] = times
+    return rows
+
+
+def pyramids(case: Case, device: str) -> dict[str, Calls]:
+    """Both pyramids, of the same weights. In place of heads a product follows, which has a gradient for each output."""
+    to = {"dtype": getattr(torch, case.dtype)}
+    to["memory_format"] = torch.channels_last if case.channels_last else torch.contiguous_format
+    height, width = case.size
+    sizes = [(case.images, 256, -(-height // stride), -(-width // stride)) for stride in (4, 8, 16, 32, 64)]
+    levels, weights = ([torch.randn(size, device=device).to(**to) for size in sizes] for _ in range(2))
+    refine = None if case.what == "none" else case.what.replace("-", "_")
+    bfp = BalancedFeaturePyramid(256, refine=refine, init="xavier").to(device).to(**to)
+    inputs = [*(level.requires_grad_() for level in levels), *bfp.parameters()]
+
+    def calls_of(pyramid: Callable[[list[Tensor]], list[Tensor]]) -> Calls:
+        def both() -> None:
+            outputs = pyramid(levels)  # they stay, as heads need them
+            losses = [(level * weight).sum() for level, weight in zip(outputs, weights, strict=True)]
+            torch.autograd.grad(losses, inputs)
+
+        return {"forward": lambda: pyramid(levels), "both": both}
+
+    functions: dict[str, Callable] = {BASELINE: partial(explicit_pyramid, bfp), OURS: bfp}
+    if case.compiled:
+        torch.compiler.reset()
+        functions = {name: torch.compile(function, dynamic=False) for name, function in functions.items()}
+    return {name: calls_of(function) for name, function in functions.items()}
+
+
+def training_steps(case: Case, device: str) -> dict[str, Calls]:
+    """The plain detector of torchvision, and the same with all parts of ours."""
+    height, width = case.size
+    images = [torch.rand(3, height, width, device=device) for _ in range(case.images)]
+    targets = [target(height, width, device) for _ in images]
+
+    def calls_of(change: Callable) -> Calls:
+        model = DETECTORS[case.what](weights=None, weights_backbone=None, min_size=height, max_size=width)
+        model = change(model).to(device)
+
+        def both() -> None:
+            sum(model(images, targets).values()).backward()
+            model.zero_grad()
+
+        return {"both": both}
+
+    return {BASELINE: calls_of(lambda model: model), OURS: calls_of(apply_libra)}
+
+
+def target(height: int, width: int, device: str) -> dict[str, Tensor]:
+    size = torch.tensor([width, height])
+    corners = torch.rand(10, 2) * size / 2
+    boxes = torch.cat([corners, corners + (0.1 + 0.4 * torch.rand(10, 2)) * size], dim=1)
+    return {"boxes": boxes.to(device), "labels": torch.randint(1, 90, (10,)).to(device)}
+
+
+def table(results: dict[str, Any]) -> str:
+    """What the README shows: time and memory of forward and backward, and ours over it."""
+    rows = []
+    for row in results["rows"]:
+        theirs, ours = (row["costs"][name] for name in (BASELINE, OURS))
+        how = [row["dtype"], *(name for name in ("channels_last", "compiled") if row[name])]
+        seconds, peak = theirs["both"]["seconds"], theirs["peak_bytes"]
+        cells = {"": row["what"], "images": str(row["images"]), "how": ", ".join(how)}
+        cells |= {"time": f"{1e3 * seconds:,.0f} ms", "ours / it": f"{ours['both']['seconds'] / seconds:.2f}"}
+        cells |= {"memory": f"{peak / 2**20:,.0f} MiB", "ours / it ": f"{ours['peak_bytes'] / peak:.2f}"}
+        rows.append(cells)
+    return markdown(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Backbone, feature pyramid and balanced pyramid of a detector leave PyTorch together."""
+
+import pytest
+import torch
+from exported import assert_survives_export
+from torch import nn
+from torch.export import Dim
+
+from balanced_learning.detection import apply_libra
+
+ANY_SIZE = ({0: Dim("images"), 2: 32 * Dim("height", max=64), 3: 32 * Dim("width", max=64)},)
+SIZES = [(2, 3, 160, 224), (1, 3, 192, 256), (3, 3, 288, 160)]  # odd and even multiples of 32
+
+
+@pytest.fixture
+def backbone(build, basic_kind) -> nn.Module:
+    """P2 to P6, or P3 to P7."""
+    backbone = apply_libra(build(basic_kind)).eval().backbone
+    nn.init.normal_(backbone.bfp.refine.out.weight, std=0.1)
+    return backbone
+
+
+def test_fixed_size(backbone):
+    assert_survives_export(backbone, [torch.rand(SIZES[0])])
+
+
+def test_any_size(backbone):
+    assert_survives_export(backbone, [torch.rand(size) for size in SIZES], dynamic_shapes=ANY_SIZE)

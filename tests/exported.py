@@ -1,0 +1,33 @@
+"""What the tests of exports share."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+def assert_survives_export(module: nn.Module, inputs: list[Any], dynamic_shapes: Any = None) -> None:
+    """Exported with the first input, it gives the same for all of them, in PyTorch and in ONNX Runtime."""
+    program = torch.export.export(module, (inputs[0],), dynamic_shapes=dynamic_shapes)
+    exported = program.module()
+    expected = []
+    for each in inputs:
+        with torch.no_grad():
+            expected.append(tree_leaves(module(each)))
+            assert_close(tree_leaves(exported(each)), expected[-1])
+
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name, reason="exports to ONNX need onnx and onnxscript")
+    runtime = pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
+    onnx = torch.onnx.export(program, dynamo=True, verbose=False).model_proto.SerializeToString()
+    session = runtime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+    for each, outputs in zip(inputs, expected, strict=True):
+        feed = dict(zip(names, (x.numpy() for x in tree_leaves(each)), strict=True))
+        assert_close([torch.from_numpy(x) for x in session.run(None, feed)], outputs)
+
+
+def assert_close(tensors: list[Tensor], expected: list[Tensor]) -> None:
+    torch.testing.assert_close(tensors, expected, rtol=1e-4, atol=1e-4)
