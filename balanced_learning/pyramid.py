@@ -42,7 +42,8 @@ class BalancedFeaturePyramid(nn.Module):
     Export:
         :func:`torch.export.export` and :func:`torch.onnx.export` with ``dynamo=True`` take the pyramid, also behind a
         backbone and with dynamic sizes, where levels halve and round up, as those of an FPN do. Exported for any
-        size, maxima are gathered rather than pooled, and in ONNX the attention holds its matrix.
+        size, maxima are gathered rather than pooled, and in ONNX the attention holds its matrix. At a few sizes, ONNX
+        Runtime takes another nearest neighbor than PyTorch for the levels that are coarser than the refined one.
 
     Raises:
         TypeError: if the maps come in another container.

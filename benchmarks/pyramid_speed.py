@@ -5,6 +5,9 @@
 Prints the time and the peak memory of forward and backward, of the pyramid alone (P2 to P6 of images of 800 x 1344, 256
 channels) and of whole training steps of detectors, beside the same step of torchvision's plain one. Writes
 pyramid_speed_<cpu|cuda>.json, also with the times of forward alone, with device, versions and commit.
+
+Freed memory goes back to the system as the C library likes: to get much of it again and again is a part of what a large
+matrix costs.
 """
 
 from collections.abc import Callable
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
-from _common import environment, keep_freed_memory, markdown, measure, parser, peak_memory, write
+from _common import environment, markdown, measure, parser, peak_memory, write
 from _explicit import explicit_pyramid
 from balanced_learning import BalancedFeaturePyramid
 from balanced_learning.detection import apply_libra
@@ -63,7 +66,6 @@ CUDA = [
 
 def main() -> None:
     args = parser(__doc__).parse_args()
-    keep_freed_memory()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []

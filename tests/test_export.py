@@ -6,7 +6,7 @@ from exported import assert_survives_export
 from torch import Tensor
 from torch.export import Dim
 
-from balanced_learning import BalancedFeaturePyramid
+from balanced_learning import BalancedFeaturePyramid, PathAggregation
 
 
 def pyramid_of(height: int, width: int, images: int = 2) -> dict[str, Tensor]:
@@ -33,6 +33,15 @@ def test_fixed_sizes(bfp, levels):
 
 def test_any_size(bfp):
     assert_survives_export(bfp, [ROUNDED, EXACT, *OTHERS], dynamic_shapes=(ANY_SIZE,))
+
+
+def test_path_aggregation():
+    path = PathAggregation(4, num_levels=3).eval()
+    levels = [pyramid_of(*size) for size in ((32, 64), (96, 32), (64, 160))]
+    steps = [Dim("height", min=2, max=40), Dim("width", min=2, max=40)]
+    sizes = {name: {2: 8 // 2**i * steps[0], 3: 8 // 2**i * steps[1]} for i, name in enumerate(levels[0])}
+    assert_survives_export(path, levels[:1])
+    assert_survives_export(path, levels, dynamic_shapes=(sizes,))
 
 
 def test_levels_that_do_not_halve_are_named():

@@ -12,10 +12,10 @@ ANY_SIZE = ({0: Dim("images"), 2: 32 * Dim("height", max=64), 3: 32 * Dim("width
 SIZES = [(2, 3, 160, 224), (1, 3, 192, 256), (3, 3, 288, 160)]  # odd and even multiples of 32
 
 
-@pytest.fixture
-def backbone(build, basic_kind) -> nn.Module:
+@pytest.fixture(params=[False, True], ids=["FPN", "PAFPN"])
+def backbone(request, build, basic_kind) -> nn.Module:
     """P2 to P6, or P3 to P7."""
-    backbone = apply_libra(build(basic_kind)).eval().backbone
+    backbone = apply_libra(build(basic_kind), path_aggregation=request.param).eval().backbone
     nn.init.normal_(backbone.bfp.refine.out.weight, std=0.1)
     return backbone
 
