@@ -61,9 +61,9 @@ def _match_together(
     if matcher.allow_low_quality_matches and quality.shape[2]:  # also the best boxes of each ground truth
         best = quality.amax(dim=2, keepdim=True).masked_fill(is_padding, 2)
         matched |= (quality == best).any(dim=1)
-    background = torch.where(ious < matcher.low_threshold, 0, -1)
-    labels = torch.where(matched, padded_gt_labels.gather(1, matched_idxs), background)
-    matched_idxs = torch.where(matched, matched_idxs, 0)
+    unmatched = (ious < matcher.low_threshold).long() - 1  # 0 background, -1 ignored
+    labels = torch.where(matched, padded_gt_labels.gather(1, matched_idxs), unmatched)
+    matched_idxs = matched_idxs * matched
     image = torch.arange(len(boxes), device=ious.device)[:, None]
     padded = (labels, ious, matched_idxs, padded_gt_boxes[image, matched_idxs])
     return tuple([row[: len(own)] for row, own in zip(column, boxes, strict=True)] for column in padded)
