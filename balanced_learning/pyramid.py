@@ -40,10 +40,11 @@ class BalancedFeaturePyramid(nn.Module):
         the same container, keys, order and shapes.
 
     Export:
-        :func:`torch.export.export` and :func:`torch.onnx.export` with ``dynamo=True`` take the pyramid, also behind a
-        backbone and with dynamic sizes, where levels halve and round up, as those of an FPN do. Exported for any
-        size, maxima are gathered rather than pooled, and in ONNX the attention holds its matrix. At a few sizes, ONNX
-        Runtime takes another nearest neighbor than PyTorch for the levels that are coarser than the refined one.
+        :func:`torch.export.export`, not strict as by default, and :func:`torch.onnx.export` with ``dynamo=True`` take
+        the pyramid, also behind a backbone. Exported for any size, from an example with more than one position a side
+        at every level, it takes levels that halve and round up, as those of an FPN do (ONNX Runtime does not check
+        it); maxima are then gathered rather than pooled. In ONNX the attention holds its matrix, and at a few sizes
+        another nearest neighbor than PyTorch's is taken for the levels that are coarser than the refined one.
 
     Raises:
         TypeError: if the maps come in another container.
@@ -89,14 +90,13 @@ class BalancedFeaturePyramid(nn.Module):
         r = self.refine_level
         size = levels[r].shape[-2:]
         resized = (level if i == r else resize(level, size, r - i) for i, level in enumerate(levels))
-        balanced = reduce(torch.add, resized) / len(levels)
+        balanced = reduce(torch.add, (level / len(levels) for level in resized))  # a sum could overflow in float16
         refined = self.refine(balanced).to(balanced.dtype)
-        # Each level is added to the resized map in place: the finest is too large to hold it and the sum.
-        levels = [
-            level + refined if i == r else resize(refined, level.shape[-2:], i - r).add_(level)
-            for i, level in enumerate(levels)
-        ]
-        return _like(features, levels)
+        # Finer levels are added to the resized map in place: they are too large to hold it and the sum.
+        outputs = [resize(refined, level.shape[-2:], i - r).add_(level) for i, level in enumerate(levels[:r])]
+        outputs.append(levels[r] + refined)
+        outputs += [level + resize(refined, level.shape[-2:], i) for i, level in enumerate(levels[r + 1 :], 1)]
+        return _like(features, outputs)
 
     def _check(self, levels: list[Tensor]) -> None:
         if len(levels) < 2:
@@ -173,7 +173,7 @@ class PathAggregation(nn.Module):
         sums = levels[:1]
         for level, down in zip(levels[1:], self.down, strict=False):
             sums.append(level + down(sums[-1]))
-        outputs = sums[:1] + [out(total) for out, total in zip(self.out, sums[1:], strict=True)]
+        outputs = sums[:1] + [out(total).to(total.dtype) for out, total in zip(self.out, sums[1:], strict=True)]
         while len(outputs) < len(levels):
             outputs.append(F.max_pool2d(outputs[-1], 1, stride=2))
         return _like(features, outputs)

@@ -13,10 +13,11 @@ class NonLocal(nn.Module):
     :func:`torch.nn.functional.scaled_dot_product_attention` has a fused kernel:
 
     - on the CPU for every type and number of channels (flash attention);
-    - on CUDA for float16 and bfloat16, up to 256 channels, on Ampere and later (flash attention), otherwise and for
-      float32 where the channels are a multiple of 8 (memory-efficient attention).
+    - on CUDA for float16 and bfloat16, up to 256 channels, on Ampere and later (flash or cuDNN attention), otherwise
+      and for float32 where the channels are a multiple of 8 (memory-efficient attention).
 
-    For what remains, such as float64 on CUDA, it is held.
+    For what remains, such as float64 on CUDA, it is held. Fused kernels have one derivative, in backward mode; for
+    others, choose ``SDPBackend.MATH`` by :func:`torch.nn.attention.sdpa_kernel`.
 
     Args:
         channels (int): channels of the map, and of the embeddings.

@@ -39,4 +39,4 @@ def _maxima(x: Tensor, dim: int, size: int, step: int) -> Tensor:
     first, last = window * length // size, ((window + 1) * length - 1) // size
     positions = torch.arange(step + 1, device=x.device) + first[:, None]
     positions = torch.minimum(positions, last[:, None])  # [size, step + 1]
-    return x.index_select(dim, positions.flatten()).unflatten(dim, (size, step + 1)).amax(dim + 1)
+    return x.index_select(dim, positions.flatten()).unflatten(dim, (size, step + 1)).max(dim + 1).values

@@ -3,7 +3,7 @@
 #
 #     OUT=results benchmarks/gpu_session.sh
 #
-# Builds the kernels for the GPU that is there, unless TORCH_CUDA_ARCH_LIST says otherwise. Goes on after a failure, and
+# Needs torch, torchvision, pytest and hypothesis. Builds the kernels for the GPU that is there, unless TORCH_CUDA_ARCH_LIST says otherwise. Goes on after a failure, and
 # fails in the end if anything did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -26,7 +26,7 @@ if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
   export TORCH_CUDA_ARCH_LIST
 fi
 export CUDA_HOME BALANCED_LEARNING_BUILD=cuda
-run build "$PYTHON" -m pip install --no-build-isolation --editable ".[test]"
+run build "$PYTHON" -m pip install --no-build-isolation --no-deps --editable .
 run info "$PYTHON" -m balanced_learning
 run tests "$PYTHON" -m pytest tests/*.py
 run detection "$PYTHON" -m pytest tests/detection

@@ -10,24 +10,24 @@ Freed memory goes back to the system as the C library likes: to get much of it a
 matrix costs.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
+from torch import Tensor, nn
 
 from _common import environment, markdown, measure, parser, peak_memory, write
 from _explicit import explicit_pyramid
 from balanced_learning import BalancedFeaturePyramid
-from balanced_learning.detection import apply_libra
+from balanced_learning.detection import libra_fasterrcnn, libra_retinanet
 
 Calls = dict[str, Callable[[], Any]]
 
 OURS, BASELINE = "ours", "baseline"
-DETECTORS = {"step of Faster R-CNN": fasterrcnn_resnet50_fpn, "step of RetinaNet": retinanet_resnet50_fpn}
+DETECTORS = {"step of Faster R-CNN": libra_fasterrcnn, "step of RetinaNet": libra_retinanet}
 
 
 class Case(NamedTuple):
@@ -46,9 +46,9 @@ QUICK = [
 ]
 CPU = [
     *(Case(refine, channels_last=last) for refine in REFINES for last in LAYOUTS),
-    *(Case("non-local", channels_last=last, compiled=True) for last in LAYOUTS),
-    Case("non-local", dtype="bfloat16", channels_last=True),
-    Case("non-local", 2),
+    *(Case(refine, compiled=True) for refine in REFINES),
+    *(Case(refine, dtype="bfloat16") for refine in REFINES),
+    *(Case("non-local", images) for images in (2, 8)),
     *(Case(step) for step in DETECTORS),
 ]
 CUDA = [
@@ -59,8 +59,8 @@ CUDA = [
         for dtype in ("float32", "bfloat16")
         for last in LAYOUTS
     ),
-    *(Case("non-local", 2, dtype, last, compiled=True) for dtype in ("float32", "bfloat16") for last in LAYOUTS),
-    *(Case(step, images) for step in DETECTORS for images in (2, 8)),
+    *(Case(refine, 2, dtype, compiled=True) for refine in REFINES for dtype in ("float32", "bfloat16")),
+    *(Case(step, 2, dtype) for step in DETECTORS for dtype in ("float32", "bfloat16")),
 ]
 
 
@@ -69,9 +69,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
+    seconds = 0.01 if args.quick else 0.3 if args.device == "cuda" else 1.0
     for case in QUICK if args.quick else CUDA if args.device == "cuda" else CPU:
         calls = training_steps(case, args.device) if case.what in DETECTORS else pyramids(case, args.device)
-        rows.append({**case._asdict(), "costs": costs(calls, args.device, 0.01 if args.quick else 1.0)})
+        rows.append({**case._asdict(), "costs": costs(calls, args.device, seconds)})
         print(table({"rows": rows[-1:]}), flush=True)
     results = {**environment(args.device), "rows": rows}
     write(args.output / f"pyramid_speed_{args.device}.json", results)
@@ -90,13 +91,17 @@ def costs(calls: dict[str, Calls], device: str, seconds: float) -> dict[str, dic
     return rows
 
 
+def shapes(case: Case) -> list[tuple[int, ...]]:
+    """Of P2 to P6."""
+    height, width = case.size
+    return [(case.images, 256, -(-height // stride), -(-width // stride)) for stride in (4, 8, 16, 32, 64)]
+
+
 def pyramids(case: Case, device: str) -> dict[str, Calls]:
     """Both pyramids, of the same weights. In place of heads a product follows, which has a gradient for each output."""
     to = {"dtype": getattr(torch, case.dtype)}
     to["memory_format"] = torch.channels_last if case.channels_last else torch.contiguous_format
-    height, width = case.size
-    sizes = [(case.images, 256, -(-height // stride), -(-width // stride)) for stride in (4, 8, 16, 32, 64)]
-    levels, weights = ([torch.randn(size, device=device).to(**to) for size in sizes] for _ in range(2))
+    levels, weights = ([torch.randn(shape, device=device).to(**to) for shape in shapes(case)] for _ in range(2))
     refine = None if case.what == "none" else case.what.replace("-", "_")
     bfp = BalancedFeaturePyramid(256, refine=refine, init="xavier").to(device).to(**to)
     inputs = [*(level.requires_grad_() for level in levels), *bfp.parameters()]
@@ -117,22 +122,31 @@ def pyramids(case: Case, device: str) -> dict[str, Calls]:
 
 
 def training_steps(case: Case, device: str) -> dict[str, Calls]:
-    """The plain detector of torchvision, and the same with all parts of ours."""
+    """The plain detector of torchvision, and the same with all parts of ours; in bfloat16 by autocast."""
     height, width = case.size
     images = [torch.rand(3, height, width, device=device) for _ in range(case.images)]
     targets = [target(height, width, device) for _ in images]
 
-    def calls_of(change: Callable) -> Calls:
-        model = DETECTORS[case.what](weights=None, weights_backbone=None, min_size=height, max_size=width)
-        model = change(model).to(device)
+    def calls_of(**parts: Any) -> Calls:
+        build = DETECTORS[case.what]
+        frozen: dict[str, Any] = {"weights_backbone": None, "trainable_backbone_layers": 3}
+        model = build(**frozen, min_size=height, max_size=width, **parts).to(device)
+        for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.eval().requires_grad_(False)  # as with trained weights
+        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-6, momentum=0.9)
 
         def both() -> None:
-            sum(model(images, targets).values()).backward()
-            model.zero_grad()
+            with torch.autocast(device, torch.bfloat16, enabled=case.dtype == "bfloat16"):
+                losses = model(images, targets)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
 
+        both()  # gives the optimizer its memory
         return {"both": both}
 
-    return {BASELINE: calls_of(lambda model: model), OURS: calls_of(apply_libra)}
+    parts = ["pyramid", "box_loss"] + ["sampler"] * (DETECTORS[case.what] is libra_fasterrcnn)
+    return {BASELINE: calls_of(**dict.fromkeys(parts, False)), OURS: calls_of()}
 
 
 def target(height: int, width: int, device: str) -> dict[str, Tensor]:
@@ -143,15 +157,24 @@ def target(height: int, width: int, device: str) -> dict[str, Tensor]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """What the README shows: time and memory of forward and backward, and ours over it."""
+    """What the README shows: time and memory of forward and backward, and ours over it.
+
+    The latter also without the outputs of the pyramid and their gradients, which both need.
+    """
     rows = []
     for row in results["rows"]:
+        case = Case(*(row[name] for name in Case._fields))
         theirs, ours = (row["costs"][name] for name in (BASELINE, OURS))
-        how = [row["dtype"], *(name for name in ("channels_last", "compiled") if row[name])]
+        how = [case.dtype, *(name for name in ("channels_last", "compiled") if row[name])]
         seconds, peak = theirs["both"]["seconds"], theirs["peak_bytes"]
-        cells = {"": row["what"], "images": str(row["images"]), "how": ", ".join(how)}
+        cells = {"": case.what, "images": str(case.images), "how": ", ".join(how)}
         cells |= {"time": f"{1e3 * seconds:,.0f} ms", "ours / it": f"{ours['both']['seconds'] / seconds:.2f}"}
         cells |= {"memory": f"{peak / 2**20:,.0f} MiB", "ours / it ": f"{ours['peak_bytes'] / peak:.2f}"}
+        outputs = (
+            0 if case.what in DETECTORS else 2 * sum(map(math.prod, shapes(case))) * getattr(torch, case.dtype).itemsize
+        )
+        share = (ours["peak_bytes"] - outputs) / (peak - outputs)
+        cells["without outputs"] = f"{share:.2f}" if outputs else "-"
         rows.append(cells)
     return markdown(rows)
 

@@ -8,6 +8,9 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("suite")
 
 
+torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """Every test starts from one seed and leaves the generators as it found them."""

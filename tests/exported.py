@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def assert_survives_export(module: nn.Module, inputs: list[Any], dynamic_shapes: Any = None) -> None:
-    """Exported with the first input, it gives the same for all of them, in PyTorch and in ONNX Runtime."""
+    """Exported with the first input, it gives the same for all of them, in PyTorch and in ONNX Runtime, and learns."""
     program = torch.export.export(module, (inputs[0],), dynamic_shapes=dynamic_shapes)
     exported = program.module()
+    assert_close(gradients(exported, inputs[0]), gradients(module, inputs[0]))
     expected = []
     for each in inputs:
         with torch.no_grad():
@@ -27,6 +28,14 @@ def assert_survives_export(module: nn.Module, inputs: list[Any], dynamic_shapes:
     for each, outputs in zip(inputs, expected, strict=True):
         feed = dict(zip(names, (x.numpy() for x in tree_leaves(each)), strict=True))
         assert_close([torch.from_numpy(x) for x in session.run(None, feed)], outputs)
+
+
+def gradients(module: nn.Module, inputs: Any) -> list[Tensor]:
+    """Of the inputs and, in the order of their names, of the parameters that are trained."""
+    inputs = tree_map(lambda x: x.detach().requires_grad_(), inputs)
+    parameters = [p for _, p in sorted(module.named_parameters()) if p.requires_grad]
+    loss = sum(output.sin().sum() for output in tree_leaves(module(inputs)))
+    return [*torch.autograd.grad(loss, [*tree_leaves(inputs), *parameters], materialize_grads=True)]
 
 
 def assert_close(tensors: list[Tensor], expected: list[Tensor]) -> None:

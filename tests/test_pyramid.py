@@ -143,13 +143,16 @@ def test_parameters(refine, count, convolutions):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_16_bit_attention_does_not_overflow(dtype, autocast, device):
+@pytest.mark.parametrize("sizes", [SIZES[1:], [(32, 40), (16, 20), (8, 10)]], ids=["rounded", "exact"])
+def test_16_bit_attention_does_not_overflow(dtype, autocast, sizes, device):
     bfp = BalancedFeaturePyramid(64).to(device)
     for conv in bfp.refine.children():
         nn.init.dirac_(conv.weight)
-    levels = [(64 * level.sign() * torch.rand_like(level).add(1)).to(device) for level in maps(64, SIZES[1:])]
-    assert (levels[0][0].flatten(1).T.square().sum(dim=1) > torch.finfo(torch.float16).max).any()  # as the logits
-    expected = bfp(levels)
+    levels = [(64 * level.sign() * torch.rand_like(level).add(1)).to(device) for level in maps(64, sizes)]
+    seen = []
+    with bfp.refine.register_forward_pre_hook(lambda _, inputs: seen.append(*inputs)):
+        expected = bfp(levels)
+    assert (seen[0].square().sum(dim=1) > torch.finfo(torch.float16).max).any()  # of the logits
     if not autocast:
         bfp, levels = bfp.to(dtype), [level.to(dtype) for level in levels]
     levels = [level.requires_grad_() for level in levels]
@@ -157,8 +160,14 @@ def test_16_bit_attention_does_not_overflow(dtype, autocast, device):
         outputs = bfp(levels)
     gradients = torch.autograd.grad(sum(level.float().mean() for level in outputs), levels)
     assert all(tensor.isfinite().all() for tensor in (*outputs, *gradients))
-    error = torch.cat([(a.float() - b).flatten() for a, b in zip(outputs, expected, strict=True)]).abs()
-    assert error.median() < 8 * 64 * torch.finfo(dtype).eps
+    for ours, theirs in zip(outputs, expected, strict=True):
+        error = (ours.float() - theirs).abs().flatten()  # some positions attend to another, as likely one
+        assert error.quantile(0.9) < 4 * theirs.abs().max() * torch.finfo(dtype).eps
+
+
+def test_the_average_of_large_maps_does_not_overflow():
+    levels = [torch.full((1, 4, size, size), 20_000.0, dtype=torch.float16) for size in (16, 8, 4, 2)]
+    assert all((level == 40_000).all() for level in BalancedFeaturePyramid(4, refine=None)(levels))
 
 
 @pytest.mark.parametrize("refine", [None, "conv", "non_local"])

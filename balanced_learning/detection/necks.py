@@ -18,28 +18,28 @@ def add_path(model: FasterRCNN | RetinaNet, path: Literal[True] | nn.Module) -> 
     backbone = model.backbone
     fpn = backbone.fpn
     if path is True:
-        path = _like(backbone, PathAggregation(backbone.out_channels, len(fpn.inner_blocks)))
+        path = _matching(backbone, PathAggregation(backbone.out_channels, len(fpn.inner_blocks)))
     backbone.path_aggregation = path
     if fpn.extra_blocks is None:
-        fpn.register_forward_hook(partial(_after_fpn, path))
+        fpn.register_forward_hook(partial(_after_fpn, backbone))
     else:
-        fpn.extra_blocks.register_forward_pre_hook(partial(_before_extra_blocks, path))
+        fpn.extra_blocks.register_forward_pre_hook(partial(_before_extra_blocks, backbone))
 
 
-def _after_fpn(path: nn.Module, fpn: nn.Module, _: tuple, features: dict[str, Tensor]) -> dict[str, Tensor]:
-    return path(features)
+def _after_fpn(backbone: nn.Module, fpn: nn.Module, _: tuple, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    return backbone.get_submodule("path_aggregation")(features)
 
 
-def _before_extra_blocks(path: nn.Module, extra_blocks: nn.Module, args: tuple[list[Tensor], ...]) -> tuple:
+def _before_extra_blocks(backbone: nn.Module, extra_blocks: nn.Module, args: tuple[list[Tensor], ...]) -> tuple:
     levels, *others = args
-    return path(levels), *others
+    return list(backbone.get_submodule("path_aggregation")(levels)), *others
 
 
 def add_pyramid(model: FasterRCNN | RetinaNet, pyramid: Literal[True] | nn.Module) -> None:
     """Adds the pyramid behind the backbone."""
     backbone = model.backbone
     if pyramid is True:
-        pyramid = _like(backbone, BalancedFeaturePyramid(backbone.out_channels, refine_level=_refine_level(model)))
+        pyramid = _matching(backbone, BalancedFeaturePyramid(backbone.out_channels, refine_level=_refine_level(model)))
     backbone.bfp = pyramid
     backbone.register_forward_hook(_after_backbone)
 
@@ -48,7 +48,7 @@ def _after_backbone(backbone: nn.Module, _: tuple, features: dict[str, Tensor]) 
     return backbone.get_submodule("bfp")(features)
 
 
-def _like(backbone: nn.Module, neck: nn.Module) -> nn.Module:
+def _matching(backbone: nn.Module, neck: nn.Module) -> nn.Module:
     """The neck with the type, device and mode of the backbone."""
     return neck.to(next(backbone.parameters())).train(backbone.training)
 

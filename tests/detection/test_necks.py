@@ -46,6 +46,12 @@ def test_extra_levels_and_the_pyramid_follow_from_the_path(basic_kind, size, bui
         torch.testing.assert_close(dict(found), dict(expected))
 
 
+def test_another_path_can_be_put_in_its_place(basic_kind, build):
+    model, image = apply_libra(build(basic_kind), **PAFPN), torch.rand(1, 3, 96, 96)
+    model.backbone.path_aggregation = nn.Identity()
+    torch.testing.assert_close(dict(model.backbone(image)), dict(build(basic_kind).backbone(image)))
+
+
 def test_an_fpn_without_extra_levels_gets_a_path(build):
     def shortened() -> nn.Module:
         model = build("fasterrcnn")
