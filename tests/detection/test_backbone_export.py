@@ -24,5 +24,11 @@ def test_fixed_size(backbone):
     assert_survives_export(backbone, [torch.rand(SIZES[0])])
 
 
-def test_any_size(backbone):
-    assert_survives_export(backbone, [torch.rand(size) for size in SIZES], dynamic_shapes=ANY_SIZE)
+def test_any_size(backbone, build, basic_kind):
+    images = [torch.rand(size) for size in SIZES]
+    stock = torch.export.export(build(basic_kind).eval().backbone, (images[0],), dynamic_shapes=ANY_SIZE).module()
+    try:
+        stock(images[1])
+    except AssertionError:  # torch 2.11 exports the P6 of an FPN for odd or for even sizes
+        pytest.skip("this torch cannot export a plain backbone for any size")
+    assert_survives_export(backbone, images, dynamic_shapes=ANY_SIZE)
