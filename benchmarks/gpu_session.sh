@@ -3,8 +3,8 @@
 #
 #     OUT=results benchmarks/gpu_session.sh
 #
-# Needs torch, torchvision, pytest and hypothesis. Builds the kernels for the GPU that is there, unless TORCH_CUDA_ARCH_LIST says otherwise. Goes on after a failure, and
-# fails in the end if anything did.
+# Needs torch, torchvision, pytest and hypothesis. Builds the kernels for the GPU that is there, unless
+# TORCH_CUDA_ARCH_LIST says otherwise. Goes on after a failure, and fails in the end if anything did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results}

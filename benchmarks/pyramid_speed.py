@@ -82,7 +82,7 @@ def costs(calls: dict[str, Calls], device: str, seconds: float) -> dict[str, dic
     """For each name the times of its calls, and the memory that the whole of forward and backward needs."""
     rows: dict[str, dict[str, Any]] = {}
     for name, parts in calls.items():
-        parts["both"]()
+        parts["both"]()  # compiles, and gives an optimizer its memory
         rows[name] = {"peak_bytes": peak_memory(parts["both"], device)}
     for part in calls[OURS]:
         turns = [(name, parts[part], nullcontext()) for name, parts in calls.items()]
@@ -95,6 +95,11 @@ def shapes(case: Case) -> list[tuple[int, ...]]:
     """Of P2 to P6."""
     height, width = case.size
     return [(case.images, 256, -(-height // stride), -(-width // stride)) for stride in (4, 8, 16, 32, 64)]
+
+
+def output_bytes(case: Case) -> int:
+    """Of the outputs of a pyramid and their gradients."""
+    return 2 * sum(map(math.prod, shapes(case))) * getattr(torch, case.dtype).itemsize
 
 
 def pyramids(case: Case, device: str) -> dict[str, Calls]:
@@ -142,7 +147,6 @@ def training_steps(case: Case, device: str) -> dict[str, Calls]:
             sum(losses.values()).backward()
             optimizer.step()
 
-        both()  # gives the optimizer its memory
         return {"both": both}
 
     parts = ["pyramid", "box_loss"] + ["sampler"] * (DETECTORS[case.what] is libra_fasterrcnn)
@@ -170,11 +174,9 @@ def table(results: dict[str, Any]) -> str:
         cells = {"": case.what, "images": str(case.images), "how": ", ".join(how)}
         cells |= {"time": f"{1e3 * seconds:,.0f} ms", "ours / it": f"{ours['both']['seconds'] / seconds:.2f}"}
         cells |= {"memory": f"{peak / 2**20:,.0f} MiB", "ours / it ": f"{ours['peak_bytes'] / peak:.2f}"}
-        outputs = (
-            0 if case.what in DETECTORS else 2 * sum(map(math.prod, shapes(case))) * getattr(torch, case.dtype).itemsize
-        )
+        outputs = output_bytes(case)
         share = (ours["peak_bytes"] - outputs) / (peak - outputs)
-        cells["without outputs"] = f"{share:.2f}" if outputs else "-"
+        cells["without outputs"] = "-" if case.what in DETECTORS else f"{share:.2f}"
         rows.append(cells)
     return markdown(rows)
 
