@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Measurement, Timer
 
 from balanced_learning import backend_info
+
+sys.path.append(str(Path(__file__).parents[1]))  # for tests.reference
 
 RESULTS = Path(__file__).parent / "results"
 TURNS = 3

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from _common import environment, markdown, measure, parser, peak_memory, write
-from _explicit import explicit_pyramid
 from balanced_learning import BalancedFeaturePyramid
 from balanced_learning.detection import libra_fasterrcnn, libra_retinanet
+from tests.reference.mmdet import explicit_pyramid
 
 Calls = dict[str, Callable[[], Any]]
 

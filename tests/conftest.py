@@ -1,8 +1,14 @@
 """Settings of the whole suite."""
 
+import sys
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
+
+# The tests import each other, examples and benchmarks by full name. Last, so that an installed library goes first.
+sys.path.append(str(Path(__file__).parents[1]))
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=60)
 hypothesis.settings.load_profile("suite")

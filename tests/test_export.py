@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from exported import assert_survives_export
 from torch import Tensor
 from torch.export import Dim
 
 from balanced_learning import BalancedFeaturePyramid, PathAggregation
+from tests.exported import assert_survives_export
 
 
 def pyramid_of(height: int, width: int, images: int = 2) -> dict[str, Tensor]:

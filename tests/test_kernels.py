@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import DTYPES, REDUCTIONS, assert_agree, devices, gradients, needs
 
 from balanced_learning import balanced_l1_loss
+from tests.kernels import DTYPES, REDUCTIONS, assert_agree, devices, gradients, needs
 
 CHUNKS = (1023, 1024, 1025, 2047, 2049, 70001)  # what a thread or a block sums, give or take one
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernels import DTYPES, REDUCTIONS, assert_agree, devices, formula, gradients, needs
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from balanced_learning import IoUBalancedSampler, _ops, balanced_l1_loss
+from tests.kernels import DTYPES, REDUCTIONS, assert_agree, devices, formula, gradients, needs
 
 PARAMETERS = (0.5, 1.5, 0.7)
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from _explicit import explicit_pyramid
 from balanced_learning import BalancedFeaturePyramid
+from tests.reference.mmdet import explicit_pyramid
 
 SIZES = [(50, 84), (25, 42), (13, 21), (7, 11)]  # strides 16 to 128 of 800 x 1344
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from exported import assert_survives_export
 from torch import nn
 from torch.export import Dim
 
 from balanced_learning.detection import apply_libra
+from tests.exported import assert_survives_export
 
 ANY_SIZE = ({0: Dim("images"), 2: 32 * Dim("height", max=64), 3: 32 * Dim("width", max=64)},)
 SIZES = [(2, 3, 160, 224), (1, 3, 192, 256), (3, 3, 288, 160)]  # odd and even multiples of 32

@@ -1,4 +1,4 @@
-"""The balanced feature pyramid as mmdetection computes it: what the tests and a benchmark hold ours against."""
+"""mmdetection's formulas, written out for the tests and the benchmarks to compare with."""
 
 from functools import reduce
 
