@@ -1,224 +1,131 @@
-"""Trains Libra Faster R-CNN and Libra RetinaNet on data in COCO layout.
+"""Trains Libra Faster R-CNN and Libra RetinaNet on data in COCO layout, or their torchvision baselines.
 
     python examples/train_torchvision_libra.py                          # small, on drawn shapes, minutes on a CPU
     python examples/train_torchvision_libra.py --data-path coco         # full COCO on one GPU
     torchrun --nproc-per-node 8 examples/train_torchvision_libra.py --data-path coco      # and on eight
+    python examples/train_torchvision_libra.py --resume runs/.../checkpoint.pth           # goes on as it began
 
-The output folder gets args.json, checkpoint.pth and a row of metrics.jsonl after every epoch, pictures of predictions
-beside the ground truth, and curves.png at the end.
+The output folder gets args.json, and after every epoch checkpoint.pth, a row of metrics.jsonl, curves.png and pictures
+of predictions beside the ground truth. checkpoint_best.pth is the checkpoint with the highest AP.
 """
 
 import json
-import shlex
 import sys
-from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
-import checkpoint
-import distributed
-from balanced_learning import backend_info
-from board import Board
-from coco import Split, read_split
-from dataset import AspectRatioBatchSampler, DetectionDataset, augmentation, loader
-from engine import Precision, make_optimizer, make_scheduler, predict, train_one_epoch
-from errors import UserError
-from evaluation import coco_metrics, table
-from model import build_model
-from options import parse_args, scale_lr
-from report import Progress, save_curves, save_predictions, write_row
-from shapes import shapes_dataset
+from balanced_learning.training import distributed, randomness
+from balanced_learning.training.checkpoint import Checkpoint, prepare_folder, save
+from balanced_learning.training.command_line import lr_note, make_parser, read_command_line
+from balanced_learning.training.config import Config
+from balanced_learning.training.data.batching import DetectionLoader, make_loaders
+from balanced_learning.training.data.coco import Split
+from balanced_learning.training.data.labels import Labels
+from balanced_learning.training.data.splits import read_splits
+from balanced_learning.training.errors import UserError
+from balanced_learning.training.evaluation import coco_metrics, table
+from balanced_learning.training.inference import predict
+from balanced_learning.training.loop import train_one_epoch
+from balanced_learning.training.model import build_model
+from balanced_learning.training.optimization import Precision, make_optimizer, make_scheduler
+from balanced_learning.training.reporting.figures import save_curves, save_predictions
+from balanced_learning.training.reporting.metrics import is_best, write_config, write_row
+from balanced_learning.training.reporting.tensorboard import TensorBoard
 
 NUM_PICTURES = 4
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        run(parse_args(argv))
+        run(*read_command_line(make_parser(__doc__).parse_args(argv)))
     except UserError as error:
-        # An error from a loader process comes with that process's traceback before it.
-        message = str(error).strip().splitlines()[-1].removeprefix("errors.UserError: ")
-        sys.exit(f"error: {message}")
+        sys.exit(f"error: {error}")
     finally:
         distributed.stop()
 
 
-def run(args: Namespace) -> None:
-    device = distributed.start(args.device, args.dist_url)
-    say = print if distributed.is_main() else lambda *_: None
-    torch.use_deterministic_algorithms(args.use_deterministic_algorithms, warn_only=True)
-    _check_output(args)
+def run(config: Config, checkpoint: Checkpoint | None) -> None:
+    device = distributed.start(config.run.device, config.run.dist_url)
+    is_main = distributed.is_main()
+    say = print if is_main else lambda *_: None
+    torch.use_deterministic_algorithms(config.training.use_deterministic_algorithms, warn_only=True)
+    prepare_folder(config)
 
-    train, val = read_data(args)
-    label_of = labels_of(train, args.weights)
-    say(f"{len(train.images)} images to train on, {len(val.images)} to evaluate, {len(label_of)} classes")
-    say(scale_lr(args))
-    batches, train_loader, val_loader = _loaders(args, device, train, val, label_of)
+    train, val = read_splits(config)
+    labels = checkpoint.labels if checkpoint else Labels.of(train, config.model.weights)
+    train_loader, val_loader = make_loaders(config, device, train, val, labels)
+    if checkpoint:
+        checkpoint.check_data(train, iterations=None if config.run.test_only else len(train_loader))
+    say(f"{len(train.images)} images to train on, {len(val.images)} to evaluate, {len(labels.names)} classes")
 
-    torch.manual_seed(args.seed)
-    model = build_model(args, max(label_of.values()) + 1).to(device)
-    if args.sync_bn:
+    randomness.seed_all(config.training.seed, "weights")
+    model = build_model(config, labels.num_classes, pretrained=checkpoint is None).to(device)
+    if config.model.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    precision = Precision(args.amp, device)
-    optimizer = make_optimizer(model, args)
-    scheduler = make_scheduler(optimizer, args, len(train_loader))
-    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": precision.scaler}
-    made_for = made_for_of(args, label_of)
-    schedule = _schedule(args, len(train_loader))
-    if args.test_only:
-        if args.resume:
-            checkpoint.load(args.resume, {"model": model}, made_for)
-        _evaluate(args, model, val, val_loader, label_of, precision, "test")
+    precision = Precision(config.training.amp, device)
+    if config.run.test_only:
+        if checkpoint:
+            checkpoint.restore({"model": model})
+        evaluate(config, model, val, val_loader, labels, precision, "test")
         return
-    if args.resume:
-        epoch = checkpoint.load(args.resume, state, made_for | schedule)
-        args.start_epoch = epoch + 1
-        say(f"continuing from {args.resume}, after epoch {epoch}")
-    board = Board(args.output_dir, model) if args.tensorboard and distributed.is_main() else None
-    if distributed.is_main():
-        _write_args(args)
+
+    say(lr_note(config))
+    optimizer = make_optimizer(model, config.training)
+    scheduler = make_scheduler(optimizer, config.training, len(train_loader))
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": precision.scaler}
+    first_epoch = config.run.start_epoch
+    if checkpoint:
+        checkpoint.restore(parts)
+        first_epoch = checkpoint.epoch + 1
+        say(f"continuing from {checkpoint.path}, after epoch {checkpoint.epoch}")
+    folder = config.run.output_dir
+    tensorboard = TensorBoard(folder, model) if config.run.tensorboard and is_main else None
+    if is_main:
+        write_config(folder / "args.json", config)
 
     parallel = nn.parallel.DistributedDataParallel(model) if distributed.world_size() > 1 else model
-    for epoch in range(args.start_epoch, args.epochs):
-        # All chance starts anew with the epoch, so a resumed run draws what an uninterrupted one would.
-        torch.manual_seed(args.seed + epoch * distributed.world_size() + distributed.rank())
-        batches.epoch = epoch
-        progress = Progress(f"epoch {epoch}", args.print_freq, is_main=distributed.is_main())
-        row = train_one_epoch(
-            parallel, optimizer, scheduler, train_loader, precision, clip_norm=args.clip_grad_norm, progress=progress
-        )
-        if distributed.is_main():
-            write_row(args.output_dir / "metrics.jsonl", {"epoch": epoch, **row})
-            checkpoint.save(args.output_dir / "checkpoint.pth", state, epoch, made_for | schedule)
-        metrics = _evaluate(args, model, val, val_loader, label_of, precision, f"{epoch:02}")
-        if distributed.is_main():
-            rows = write_row(args.output_dir / "metrics.jsonl", {"epoch": epoch, **row, **metrics})
-            save_curves(args.output_dir / "curves.png", rows)
-        if board:
-            board.write(rows[-1])
-    say(f"done: {args.output_dir}")
+    for epoch in range(first_epoch, config.training.epochs):
+        row: dict[str, Any] = {"epoch": epoch}
+        row |= train_one_epoch(parallel, optimizer, scheduler, train_loader, precision, config, epoch)
+        state: dict[str, Any] = {"config": config, "labels": labels, "epoch": epoch, "iterations": len(train_loader)}
+        if is_main:
+            write_row(folder / "metrics.jsonl", row)
+            save(folder / "checkpoint.pth", parts, **state)
+        row |= evaluate(config, model, val, val_loader, labels, precision, f"{epoch:02}")
+        if is_main:
+            rows = write_row(folder / "metrics.jsonl", row)
+            save_curves(folder / "curves.png", rows)
+            if is_best(rows):
+                save(folder / "checkpoint_best.pth", parts, **state)
+        if tensorboard:
+            tensorboard.write(row)
+    say(f"done: {folder}")
 
 
-def _evaluate(
-    args: Namespace,
+def evaluate(
+    config: Config,
     model: nn.Module,
     val: Split,
-    val_loader: DataLoader,
-    label_of: dict[int, int],
+    val_loader: DetectionLoader,
+    labels: Labels,
     precision: Precision,
     name: str,
 ) -> dict[str, float | None]:
     """Prints the metrics, and writes them and some pictures as ``evaluation_<name>``; the main process returns them."""
     distributed.share_buffers(model)
-    progress = Progress("evaluation", args.print_freq, is_main=distributed.is_main())
-    detections = distributed.union_over_processes(predict(model, val_loader, precision, progress))
+    detections = predict(model, val_loader, precision, config.run.print_freq)
     if not distributed.is_main():
         return {}
-    metrics = coco_metrics(val, detections, label_of, args.coco_backend)
+    metrics = coco_metrics(val, detections, labels.label_of, config.run.coco_backend)
     print(table(metrics))
-    (args.output_dir / f"evaluation_{name}.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    file = config.run.output_dir / f"evaluation_{name}.json"
+    file.write_text(json.dumps(metrics, indent=2) + "\n")
     samples = (val_loader.dataset[i] for i in range(min(NUM_PICTURES, len(val.images))))
     pictures = ((image, target, detections[target["image_id"]]) for image, target in samples)
-    names = {label: val.categories[category_id] for category_id, label in label_of.items()}
-    save_predictions(args.output_dir / f"evaluation_{name}.png", pictures, names)
+    save_predictions(file.with_suffix(".png"), pictures, labels.names)
     return metrics
-
-
-def made_for_of(args: Namespace, label_of: dict[int, int]) -> dict[str, Any]:
-    """What a checkpoint must agree with to be continued from or evaluated."""
-    backbone = "small" if args.small else args.backbone
-    necks = {"pyramid": args.pyramid, "path_aggregation": args.path_aggregation}
-    return {"model": args.model, "backbone": backbone, **necks, "label of each category": label_of}
-
-
-def _schedule(args: Namespace, iterations: int) -> dict[str, Any]:
-    """What a checkpoint must also agree with for its learning rates to go on as they began."""
-    schedule = {"iterations of an epoch": iterations, "lr": args.lr, "lr_scheduler": args.lr_scheduler}
-    if args.lr_scheduler == "cosineannealinglr":
-        return schedule | {"epochs": args.epochs}
-    return schedule | {"lr_steps": args.lr_steps, "lr_gamma": args.lr_gamma}
-
-
-def _check_output(args: Namespace) -> None:
-    """Finds out before training that the folder cannot be written, or holds the checkpoint of another run."""
-    if not distributed.is_main():
-        return
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        probe = args.output_dir / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output-dir {args.output_dir}: cannot be written ({error.strerror})") from None
-    existing = args.output_dir / "checkpoint.pth"
-    if (
-        existing.exists()
-        and not args.test_only
-        and (args.resume is None or args.resume.resolve() != existing.resolve())
-    ):
-        raise UserError(f"--output-dir {args.output_dir}: holds {existing.name}; --resume {existing}, or name another")
-
-
-def read_data(args: Namespace) -> tuple[Split, Split]:
-    if args.data_path is None:
-        if distributed.is_main():
-            args.data_path = shapes_dataset()
-        distributed.barrier()
-        args.data_path = args.data_path or shapes_dataset()
-    train, val = (read_split(args.data_path, name, limit=args.limit) for name in ("train2017", "val2017"))
-    if train.categories != val.categories:
-        odd = set(train.categories.items()) ^ set(val.categories.items())
-        raise UserError(f"{val.json_file}: other categories than in {train.json_file.name}, such as {min(odd)}")
-    return train, val
-
-
-def labels_of(split: Split, weights: str | None) -> dict[int, int]:
-    """The model's label of each category id: 1, 2, ... in the order of the ids, or as ``weights`` have it."""
-    if not weights:
-        return {category_id: label for label, category_id in enumerate(sorted(split.categories), 1)}
-    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
-
-    known = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
-    unknown = [name for name in split.categories.values() if name not in known]
-    if unknown:
-        raise UserError(f"--weights {weights}: they know no category {unknown[0]!r}, which {split.json_file} has")
-    return {category_id: known.index(name) for category_id, name in split.categories.items()}
-
-
-def _loaders(
-    args: Namespace, device: torch.device, train: Split, val: Split, label_of: dict[int, int]
-) -> tuple[AspectRatioBatchSampler, DataLoader, DataLoader]:
-    images = train.images if args.keep_empty else [image for image in train.images if train.boxes(image)]
-    if not images:
-        raise UserError(f"{train.json_file}: no image has a box to train on")
-    rank, world_size = distributed.rank(), distributed.world_size()
-    batches = AspectRatioBatchSampler(
-        images,
-        args.batch_size,
-        group_factor=args.aspect_ratio_group_factor,
-        seed=args.seed,
-        rank=rank,
-        world_size=world_size,
-    )
-    train_set = DetectionDataset(train, label_of, images, augmentation(args.data_augmentation))
-    train_loader = loader(train_set, args.workers, device, batch_sampler=batches)
-    val_set = DetectionDataset(val, label_of)
-    share = range(rank, len(val_set), world_size)  # no padding: nothing is evaluated twice
-    return batches, train_loader, loader(val_set, args.workers, device, sampler=share)
-
-
-def _write_args(args: Namespace) -> None:
-    values: dict[str, Any] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    values |= {"world_size": distributed.world_size(), "command": shlex.join(["python", *sys.argv])}
-    values |= {
-        "versions": backend_info(),
-        "threads": torch.get_num_threads(),
-    }
-    (args.output_dir / "args.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from options import make_parser
+from balanced_learning.training.command_line import make_parser
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]

@@ -98,6 +98,7 @@ def libra_fasterrcnn(
     num_classes: int = 91,
     weights_backbone: WeightsEnum | str | None = "IMAGENET1K_V1",
     trainable_backbone_layers: int | None = None,
+    norm_layer: Callable[..., nn.Module] | None = None,
     sampler: bool | Callable = True,
     pyramid: bool | nn.Module = True,
     box_loss: bool | nn.Module = True,
@@ -114,6 +115,8 @@ def libra_fasterrcnn(
         weights_backbone (WeightsEnum or str, optional): weights of the backbone; without, it starts from scratch.
         trainable_backbone_layers (int, optional): how many stages, from the last, are trained: 0 to 5. By default 3
             with weights, 5 without.
+        norm_layer (Callable, optional): makes the normalization layers of the backbone. By default ``BatchNorm2d``
+            without weights, ``FrozenBatchNorm2d`` with them.
         sampler, pyramid, box_loss, rpn, path_aggregation: see :func:`apply_libra`.
         **kwargs: for :class:`torchvision.models.detection.FasterRCNN`.
 
@@ -123,7 +126,9 @@ def libra_fasterrcnn(
     Example:
         >>> model = libra_fasterrcnn(backbone_name="resnet18", weights_backbone=None, num_classes=7, min_size=320)
     """
-    backbone = _backbone(backbone_name, weights_backbone, progress, trainable_backbone_layers, finest_level=2)
+    backbone = _backbone(
+        backbone_name, weights_backbone, progress, trainable_backbone_layers, norm_layer, finest_level=2
+    )
     model = FasterRCNN(backbone, num_classes, **kwargs)
     return apply_libra(
         model, sampler=sampler, pyramid=pyramid, box_loss=box_loss, rpn=rpn, path_aggregation=path_aggregation
@@ -137,6 +142,7 @@ def libra_retinanet(
     num_classes: int = 91,
     weights_backbone: WeightsEnum | str | None = "IMAGENET1K_V1",
     trainable_backbone_layers: int | None = None,
+    norm_layer: Callable[..., nn.Module] | None = None,
     pyramid: bool | nn.Module = True,
     box_loss: bool | nn.Module = True,
     path_aggregation: bool | nn.Module = False,
@@ -145,7 +151,8 @@ def libra_retinanet(
     """Libra RetinaNet on P3 to P7 of any ResNet or ResNeXt of torchvision.
 
     Args:
-        backbone_name, progress, num_classes, weights_backbone, trainable_backbone_layers: see :func:`libra_fasterrcnn`.
+        backbone_name, progress, num_classes, weights_backbone, trainable_backbone_layers, norm_layer: see
+            :func:`libra_fasterrcnn`.
         pyramid, box_loss, path_aggregation: see :func:`apply_libra`.
         **kwargs: for :class:`torchvision.models.detection.RetinaNet`.
 
@@ -155,7 +162,9 @@ def libra_retinanet(
     Example:
         >>> model = libra_retinanet(backbone_name="resnet18", weights_backbone=None, num_classes=7, min_size=320)
     """
-    backbone = _backbone(backbone_name, weights_backbone, progress, trainable_backbone_layers, finest_level=3)
+    backbone = _backbone(
+        backbone_name, weights_backbone, progress, trainable_backbone_layers, norm_layer, finest_level=3
+    )
     return apply_libra(
         RetinaNet(backbone, num_classes, **kwargs),
         pyramid=pyramid,
@@ -165,7 +174,12 @@ def libra_retinanet(
 
 
 def _backbone(
-    name: str, weights: WeightsEnum | str | None, progress: bool, trainable_layers: int | None, finest_level: int
+    name: str,
+    weights: WeightsEnum | str | None,
+    progress: bool,
+    trainable_layers: int | None,
+    norm_layer: Callable[..., nn.Module] | None,
+    finest_level: int,
 ) -> BackboneWithFPN:
     """The backbone of torchvision's ``*_resnet50_fpn`` builders, for any ResNet: P2 to P6, or P3 to P7."""
     known = list_models(module=models, include=["resnet*", "resnext*", "wide_resnet*"])
@@ -179,7 +193,7 @@ def _backbone(
     except KeyError:
         has = ", ".join(known_weights.__members__)
         raise ValueError(f"weights_backbone must be {has} or None for {name}, got {weights!r}") from None
-    norm_layer = nn.BatchNorm2d if weights is None else FrozenBatchNorm2d
+    norm_layer = norm_layer or (nn.BatchNorm2d if weights is None else FrozenBatchNorm2d)
     body = get_model(name, weights=weights, progress=progress, norm_layer=norm_layer)
     if finest_level == 2:
         return _resnet_fpn_extractor(body, trainable_layers)

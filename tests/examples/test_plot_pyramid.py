@@ -4,12 +4,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-import plot_pyramid
-import train_torchvision_libra
-from model import build_model
-from options import parse_args
-
-SMALL = ["--small", "--min-size", "64", "--max-size", "96", "-j", "0", "--device", "cpu"]
+from balanced_learning.training.model import build_model
+from examples import plot_pyramid, train_torchvision_libra
+from tests.small import SMALL, config_of
 
 
 def shape_and_colors(path) -> tuple[tuple[int, int], int]:
@@ -30,7 +27,7 @@ def shape_and_colors(path) -> tuple[tuple[int, int], int]:
 )
 def test_heat_is_that_of_what_goes_through_the_pyramid(options, names):
     torch.manual_seed(0)
-    model = build_model(parse_args(["--data-path", "-", *SMALL, *options]), 3).eval()
+    model = build_model(config_of("--data-path", "-", *SMALL, *options), 3).eval()
     bfp = model.backbone.bfp
     nn.init.normal_(bfp.refine.out.weight)
     seen = {}

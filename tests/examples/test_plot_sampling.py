@@ -3,26 +3,26 @@ import torch
 from PIL import Image
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
-import plot_sampling
 from balanced_learning import IoUBalancedSampler
+from balanced_learning.detection.imbalance import MatchedProposals, negative_iou_shares
+from examples import plot_sampling
+from tests.small import SMALL
 
-SMALL = ["--small", "--min-size", "64", "--max-size", "96", "-j", "0", "--device", "cpu"]
 
-
-def candidates(ious: torch.Tensor) -> plot_sampling.Candidates:
+def proposals(ious: torch.Tensor) -> MatchedProposals:
     """Negatives alone; the last are the hardest."""
     size = len(ious)
     nothing = torch.zeros(size, dtype=torch.int64)
     hardness = torch.arange(size).float()
-    return plot_sampling.Candidates(
+    return MatchedProposals(
         torch.rand(3, 32, 32), torch.rand(1, 4), torch.rand(size, 4), nothing, ious, nothing, hardness
     )
 
 
 def test_shares_are_those_that_the_samplers_draw():
     ious = torch.cat([torch.full((900,), 0.01), torch.full((60,), 0.21), torch.full((40,), 0.46)])
-    shares = plot_sampling.interval_shares(
-        [candidates(ious)], IoUBalancedSampler(90, 0.0), BalancedPositiveNegativeSampler(90, 0.0)
+    shares = negative_iou_shares(
+        [proposals(ious)], IoUBalancedSampler(90, 0.0), BalancedPositiveNegativeSampler(90, 0.0), intervals=10, draws=50
     )
     assert shares["all"][[0, 4, 9]].tolist() == pytest.approx([0.9, 0.06, 0.04])
     assert shares["hard"][[0, 4, 9]].tolist() == pytest.approx([0, 50 / 90, 40 / 90])
@@ -32,7 +32,7 @@ def test_shares_are_those_that_the_samplers_draw():
 
 def test_fewer_candidates_than_wanted_are_all_drawn():
     both = IoUBalancedSampler(90, 0.25), BalancedPositiveNegativeSampler(90, 0.25)
-    shares = plot_sampling.interval_shares([candidates(torch.tensor([0.0, 0.3, 0.5]))], *both)
+    shares = negative_iou_shares([proposals(torch.tensor([0.0, 0.3, 0.5]))], *both, intervals=10, draws=50)
     for share in shares.values():
         assert share[[0, 6, 9]].tolist() == pytest.approx([1 / 3] * 3)
 

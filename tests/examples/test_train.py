@@ -12,10 +12,10 @@ from urllib.error import URLError
 import pytest
 import torch
 
-import train_torchvision_libra
-from shapes import shapes_dataset
-
-SMALL = ["--small", "--min-size", "64", "--max-size", "96", "-j", "0", "-b", "2", "--epochs", "1", "--device", "cpu"]
+from balanced_learning.training.data import splits
+from balanced_learning.training.data.shapes import shapes_dataset
+from examples import train_torchvision_libra
+from tests.small import SMALL
 
 
 @pytest.fixture
@@ -52,12 +52,13 @@ def rows(folder):
 
 def test_without_data_it_draws_trains_evaluates_and_reports(tmp_path, monkeypatch, train):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(train_torchvision_libra, "shapes_dataset", partial(shapes_dataset, train=8, val=2))
+    monkeypatch.setattr(splits, "shapes_dataset", partial(shapes_dataset, train=8, val=2))
     out = tmp_path / "out"
     assert "AP50" in train("--epochs", 2, "--output-dir", out)
     assert {file.name for file in out.iterdir()} == {
         "args.json",
         "checkpoint.pth",
+        "checkpoint_best.pth",
         "metrics.jsonl",
         "evaluation_00.json",
         "evaluation_00.png",
@@ -215,10 +216,16 @@ def test_a_checkpoint_is_never_lost(tmp_path, coco_root, train, error, monkeypat
     file = tmp_path / "checkpoint.pth"
     saved = file.read_bytes()
     assert f"--resume {file}" in error(*options)
-    assert "model is libra_fasterrcnn there" in error(*options, "--resume", file, "--model", "libra_retinanet")
-    assert "pyramid is True there and False here" in error(*options, "--resume", file, "--no-pyramid")
-    assert "path_aggregation is False there and True here" in error(*options, "--resume", file, "--path-aggregation")
-    assert "lr is 0.0025 there and 0.5 here" in error(*options, "--resume", file, "--lr", 0.5)
+    for flags, before in (
+        (["--model", "libra_retinanet"], "--model libra_fasterrcnn"),
+        (["--no-pyramid"], "--pyramid"),
+        (["--path-aggregation"], "--no-path-aggregation"),
+        (["--lr", 0.5], "--lr 0.0025"),
+        (["--min-size", 128], "--min-size 64"),
+        (["--norm-weight-decay", 0.1], "no --norm-weight-decay"),
+    ):
+        said = " ".join(map(str, flags))
+        assert f"error: {said}: {file} was made with {before}" in error(*options, "--resume", file, *flags)
 
     def explode(parameters, _):
         for parameter in parameters:

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from coco import read_split
-from dataset import DetectionDataset
-from model import build_model
-from options import parse_args
+from balanced_learning.training.data.coco import read_split
+from balanced_learning.training.data.dataset import DetectionDataset
+from balanced_learning.training.model import build_model
+from tests.small import config_of
 
 
 @pytest.mark.slow
@@ -12,8 +12,8 @@ from options import parse_args
 def test_four_real_images_are_learned_by_heart(real_data, model):
     split = read_split(real_data("bccd"), "train2017", limit=4)
     images, targets = zip(*DetectionDataset(split, {1: 1, 2: 2, 3: 3}), strict=True)
-    args = parse_args(["--data-path", "-", "--model", model, "--small", "--min-size", "160", "--max-size", "240"])
-    detector = build_model(args, 4).train()
+    config = config_of("--data-path", "-", "--model", model, "--small", "--min-size", 160, "--max-size", 240)
+    detector = build_model(config, 4).train()
     optimizer = torch.optim.AdamW(detector.parameters(), 0.001)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [200])
     history = []

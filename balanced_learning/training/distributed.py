@@ -7,9 +7,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from balanced_learning.training.errors import UserError
+
 
 def start(device: str, dist_url: str) -> torch.device:
-    """Joins the other processes, if there are any, and returns the device of this one."""
+    """Joins the other processes, if there are any, and returns the device of this one.
+
+    Raises:
+        UserError: for a device that torch cannot use.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if device == "cuda":
@@ -50,7 +62,7 @@ def barrier() -> None:
 
 
 def mean_over_processes(values: dict[str, Tensor]) -> dict[str, float]:
-    """The mean of each scalar over the processes, which must hold the same names."""
+    """Returns the mean of each scalar over the processes, which must hold the same names."""
     stacked = torch.stack([value.float() for value in values.values()])
     if dist.is_initialized():
         dist.all_reduce(stacked)
@@ -58,7 +70,7 @@ def mean_over_processes(values: dict[str, Tensor]) -> dict[str, float]:
 
 
 def union_over_processes(values: dict[Any, Any]) -> dict[Any, Any]:
-    """One dict with the entries of all processes, on every process; an entry that several hold counts once."""
+    """Returns one dict with the entries of all processes, on every process; an entry that several hold counts once."""
     if not dist.is_initialized():
         return values
     gathered: list[dict] = [{}] * world_size()

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run: the rows of metrics.jsonl, and which negatives are sampled."""
+"""TensorBoard's view of a run: the rows of metrics.jsonl, and the IoUs of the negatives that are sampled."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
-from errors import UserError
+from balanced_learning.training.errors import UserError
 
 
-class Board:
-    """Writes event files into ``folder``, and watches what the second stage of ``model`` samples, if there is one."""
+class TensorBoard:
+    """Writes event files into ``folder``, and observes what the second stage of ``model`` samples, if there is one."""
 
     def __init__(self, folder: Path, model: Any) -> None:
         try:
@@ -20,12 +19,12 @@ class Board:
         except ImportError:
             raise UserError("--tensorboard: the package is missing; pip install tensorboard") from None
         self.writer = SummaryWriter(str(folder))
-        self.sampler: WatchedSampler | None = None
+        self.sampler: ObservedSampler | None = None
         if hasattr(model, "roi_heads"):
-            self.sampler = model.roi_heads.fg_bg_sampler = WatchedSampler(model.roi_heads.fg_bg_sampler)
+            self.sampler = model.roi_heads.fg_bg_sampler = ObservedSampler(model.roi_heads.fg_bg_sampler)
 
     def write(self, row: dict[str, Any]) -> None:
-        """The metrics of an epoch, and the IoUs of the negatives sampled in its last batch."""
+        """Writes the metrics of an epoch, and the IoUs of the negatives sampled in its last batch."""
         for name, value in row.items():
             if name != "epoch" and isinstance(value, int | float):
                 self.writer.add_scalar(name, value, row["epoch"])
@@ -34,20 +33,18 @@ class Board:
         self.writer.flush()
 
 
-class WatchedSampler:
-    """A sampler that remembers its last batch; torchvision's random one is given the labels alone."""
+class ObservedSampler:
+    """A sampler that draws as the one it holds, and remembers its last batch where the labels come with IoUs."""
 
     def __init__(self, sampler: Callable) -> None:
         self.sampler = sampler
         self.last: list[tuple[Tensor, Tensor]] = []  # IoUs and mask of the negatives of each image
 
-    def __call__(
-        self, labels: Sequence[Tensor], *matches: Sequence[Tensor]
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        is_random = isinstance(self.sampler, BalancedPositiveNegativeSampler)
-        positives, negatives = self.sampler(labels) if is_random else self.sampler(labels, *matches)
-        if matches:  # not from a stage of torchvision's own, which keeps no IoU
-            self.last = list(zip(matches[0], negatives, strict=True))
+    def __call__(self, labels: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        positives, negatives = self.sampler(labels)
+        ious = getattr(labels, "ious", None)  # torchvision's own stage keeps none
+        if ious is not None:
+            self.last = list(zip(ious, negatives, strict=True))
         return positives, negatives
 
     def sampled_ious(self) -> Tensor:

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from coco import read_split
-from errors import UserError
-from shapes import CATEGORIES, shapes_dataset
+from balanced_learning.training.data.coco import read_split
+from balanced_learning.training.data.shapes import CATEGORIES, shapes_dataset
+from balanced_learning.training.errors import UserError
 
 
 @pytest.fixture(autouse=True)

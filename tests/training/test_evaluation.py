@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from coco import read_split
-from evaluation import METRICS, coco_metrics, table
+from balanced_learning.training.data.coco import read_split
+from balanced_learning.training.evaluation import METRICS, coco_metrics, table
 
 LABEL_OF = {90: 2, 3: 1}
 BACKENDS = ["faster-coco-eval", "pycocotools"]

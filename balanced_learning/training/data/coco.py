@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from errors import UserError
+from balanced_learning.training.errors import UserError
 
 Entry = dict[str, Any]
 

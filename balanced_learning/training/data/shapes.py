@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter
 
-from errors import UserError
+from balanced_learning.training.errors import UserError
 
 CATEGORIES = {1: "circle", 3: "rectangle", 7: "triangle", 20: "star"}  # sparse ids, as COCO's
 SIDES = (128, 160)

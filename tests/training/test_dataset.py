@@ -4,9 +4,11 @@ import pytest
 import torch
 from PIL import Image
 
-from coco import read_split
-from dataset import AspectRatioBatchSampler, DetectionDataset, augmentation
-from errors import UserError
+from balanced_learning.training.data.augmentation import augmentation
+from balanced_learning.training.data.batching import AspectRatioBatchSampler
+from balanced_learning.training.data.coco import read_split
+from balanced_learning.training.data.dataset import DetectionDataset
+from balanced_learning.training.errors import UserError
 
 
 def sampler(ratios, batch_size, **options):
@@ -83,7 +85,7 @@ def test_an_image_without_boxes_has_an_empty_target(coco_root, edit):
 @pytest.mark.parametrize("name", ["none", "hflip", "multiscale", "lsj", "ssd", "ssdlite"])
 def test_augmentation_keeps_boxes_inside_and_beside_their_labels(coco_root, name):
     dataset = DetectionDataset(read_split(coco_root, "train2017"), {90: 1, 3: 2}, transforms=augmentation(name))
-    for _ in range(10):
+    for dataset.epoch in range(10):
         image, target = dataset[0]
         height, width = image.shape[-2:]
         boxes = target["boxes"]
@@ -95,7 +97,9 @@ def test_augmentation_keeps_boxes_inside_and_beside_their_labels(coco_root, name
 
 def test_a_flip_mirrors_the_boxes(coco_root):
     dataset = DetectionDataset(read_split(coco_root, "train2017"), {90: 1, 3: 2}, transforms=augmentation("hflip"))
-    seen = {tuple(dataset[0][1]["boxes"][0].tolist()) for _ in range(30)}
+    seen = set()
+    for dataset.epoch in range(30):
+        seen.add(tuple(dataset[0][1]["boxes"][0].tolist()))
     assert seen == {(4, 4, 34, 24), (30, 4, 60, 24)}
 
 

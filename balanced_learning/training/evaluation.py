@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from coco import Split
+from balanced_learning.training.data.coco import Split
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")  # the order of COCOeval's statistics
 

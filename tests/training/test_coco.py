@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from coco import read_split
-from errors import UserError
+from balanced_learning.training.data.coco import read_split
+from balanced_learning.training.errors import UserError
 
 
 def test_reads_images_annotations_and_sparse_categories(coco_root):

@@ -1,0 +1,154 @@
+"""Checkpoints that explain themselves: plain tensors and numbers, written whole or not at all."""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from balanced_learning import backend_info
+from balanced_learning.training import distributed
+from balanced_learning.training.config import Config, settings
+from balanced_learning.training.data.coco import Split
+from balanced_learning.training.data.labels import Labels
+from balanced_learning.training.errors import UserError
+
+_KEYS = {"model", "epoch", "iterations", "config", "categories", "category_ids", "num_classes", "versions"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run after an epoch.
+
+    Attributes:
+        path: the file.
+        config: the settings of the run.
+        labels: of its model.
+        epoch: the one just ended.
+        iterations: of an epoch, on each process.
+        states: by name, the state of the model, the optimizer, ...
+    """
+
+    path: Path
+    config: Config
+    labels: Labels
+    epoch: int
+    iterations: int
+    states: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: Path) -> "Checkpoint":
+        """Reads a checkpoint.
+
+        Raises:
+            UserError: if the file cannot be read or is no checkpoint of these programs.
+        """
+        content = _read(path)
+        if not isinstance(content, dict) or not content.keys() >= _KEYS:
+            raise UserError(f"{path}: not a checkpoint of these programs")
+        labels = Labels(content["categories"], content["category_ids"], content["num_classes"])
+        states = {name: state for name, state in content.items() if name not in _KEYS or name == "model"}
+        config = _config(path, content["config"])
+        return cls(path, config, labels, content["epoch"], content["iterations"], states)
+
+    def restore(self, parts: dict[str, Any]) -> None:
+        """Loads the states of the parts by their names.
+
+        Raises:
+            UserError: if there is none of that name, or one that does not fit.
+        """
+        for name, part in parts.items():
+            try:
+                part.load_state_dict(self.states[name])
+            except (RuntimeError, ValueError, KeyError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"{self.path}: does not fit the {name} that its own settings make: {reason}") from None
+
+    def check_data(self, split: Split, iterations: int | None) -> None:
+        """Compares the data of the run with those of another one.
+
+        Args:
+            split: the images to train on.
+            iterations: of an epoch, on each process; ``None`` where nothing is trained.
+
+        Raises:
+            UserError: if the categories or the iterations are not the same.
+        """
+        self.labels.check(split, self.path)
+        if iterations not in (None, self.iterations):
+            raise UserError(
+                f"{self.path}: an epoch had {self.iterations} iterations, not {iterations}: the images to train on or "
+                "the number of processes (torchrun --nproc-per-node) are not the same"
+            )
+
+
+def save(path: Path, parts: dict[str, Any], *, config: Config, labels: Labels, epoch: int, iterations: int) -> None:
+    """Writes a checkpoint beside the file, then renames it: the last one survives a full disk or a killed process.
+
+    Args:
+        path: of the checkpoint.
+        parts: by name, what has a ``state_dict``: a model, an optimizer, ...
+        config, labels, epoch, iterations: see :class:`Checkpoint`.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    content = {
+        **{name: part.state_dict() for name, part in parts.items()},
+        "epoch": epoch,
+        "iterations": iterations,
+        "config": config.plain(),
+        "categories": labels.names,
+        "category_ids": labels.category_ids,
+        "num_classes": labels.num_classes,
+        "versions": backend_info(),
+    }
+    unfinished = path.with_suffix(".unfinished")
+    try:
+        torch.save(content, unfinished)
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error}); the last checkpoint is untouched") from None
+
+
+def prepare_folder(config: Config) -> None:
+    """Makes the output folder, in the main process.
+
+    Raises:
+        UserError: if it cannot be written, or holds the checkpoint of a run other than the one that goes on.
+    """
+    if not distributed.is_main():
+        return
+    folder = config.run.output_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
+    existing, resume = folder / "checkpoint.pth", config.run.resume
+    goes_on = resume is not None and resume.resolve().parent == folder.resolve()
+    if existing.exists() and not (config.run.test_only or goes_on):
+        raise UserError(f"--output-dir {folder}: holds {existing.name}; --resume {existing}, or name another")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a checkpoint ({reason})") from None
+
+
+def _config(path: Path, plain: dict[str, Any]) -> Config:
+    known = settings()
+    for name in plain:
+        if name not in known:
+            raise UserError(f"{path}: made by a version that has a setting {name!r}, which this one has not")
+    paths = {name for name, setting in known.items() if setting.metadata["arguments"].get("type") is Path}
+    return Config.of({k: Path(v) if k in paths and v is not None else v for k, v in plain.items()})

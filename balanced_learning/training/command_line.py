@@ -1,0 +1,194 @@
+"""The command line: a flag for every setting, over the settings of a checkpoint or of a recipe."""
+
+import argparse
+import os
+import sys
+from dataclasses import Field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from balanced_learning.training.checkpoint import Checkpoint
+from balanced_learning.training.config import COURSE, MODEL, PAPER_IMAGES, PAPER_LR, Config, flag_of, settings
+from balanced_learning.training.errors import UserError
+
+
+def make_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose result holds only the flags that are given."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="settings in TOML, below the flags; without data: shapes")
+    for group in fields(Config):
+        arguments = parser.add_argument_group(group.name)
+        for setting in fields(group.type):  # type: ignore[arg-type]
+            _add_flag(arguments, setting)
+    return parser
+
+
+def _add_flag(group: Any, setting: Field) -> None:
+    aliases = setting.metadata["aliases"]
+    flags = [*(a for a in aliases if len(a) == 2), flag_of(setting.name), *(a for a in aliases if len(a) > 2)]
+    default = "" if setting.default is None else f" (default: {_shown(setting.default)})"
+    arguments = {"dest": setting.name, "help": setting.metadata["help"] + default, **setting.metadata["arguments"]}
+    if isinstance(setting.default, bool):
+        arguments["action"] = argparse.BooleanOptionalAction
+    group.add_argument(*flags, **arguments)
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return " ".join(map(str, default)) if isinstance(default, tuple) else f"{default}"
+
+
+def read_command_line(given: argparse.Namespace) -> tuple[Config, Checkpoint | None]:
+    """The configuration that the flags of :func:`make_parser` ask for, and the checkpoint they name.
+
+    Flags go before the recipe, both before the settings of the checkpoint, and those before the defaults. Without data
+    and checkpoint, the recipe is ``shapes``.
+
+    Raises:
+        UserError: for a recipe or checkpoint that cannot be read, and for settings that contradict the checkpoint or
+            each other.
+    """
+    flags = {name: _frozen(value) for name, value in vars(given).items() if name in settings()}
+    checkpoint = _read_checkpoint(flags["resume"]) if "resume" in flags else None
+    without_data = "data_path" not in flags and checkpoint is None
+    recipe = getattr(given, "recipe", "shapes" if without_data else None)
+    chosen = (read_recipe(recipe) if recipe else {}) | flags
+    if checkpoint:
+        _check_agreement(chosen, checkpoint)
+        of_run = {"output_dir": checkpoint.path.parent, "test_only": False, "tensorboard": False, "start_epoch": 0}
+        chosen = checkpoint.config.values() | of_run | chosen
+    return _settled(Config.of(chosen)), checkpoint
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe of the library, by its name, or of a TOML file.
+
+    Its tables are those of :class:`~balanced_learning.training.config.Config`, and its values are checked as flags are.
+
+    Raises:
+        UserError: for an unknown name, a file that is no recipe, a table or setting that does not exist, a bad value.
+    """
+    own = {file.name.removesuffix(".toml"): file for file in _recipes().iterdir() if file.name.endswith(".toml")}
+    file = own.get(name, Path(name))
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--recipe {name}: no such file, and the library's are {', '.join(sorted(own))}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--recipe {name}: cannot be read ({error})") from None
+    words: list[str] = []
+    groups = {group.name: {setting.name for setting in fields(group.type)} for group in fields(Config)}  # type: ignore[arg-type]
+    for table, values in content.items():
+        if table not in groups or not isinstance(values, dict):
+            raise UserError(f"--recipe {name}: {table!r} is none of its tables, {', '.join(groups)}")
+        for key, value in values.items():
+            if key not in groups[table]:
+                raise UserError(f"--recipe {name}: [{table}] has no setting {key!r}")
+            words += _as_flag(key, value)
+    parser = make_parser()
+    parser.error = lambda message: _refuse(f"--recipe {name}: {message}")  # type: ignore[method-assign,assignment,return-value]
+    return {key: _frozen(value) for key, value in vars(parser.parse_args(words)).items()}
+
+
+def _recipes() -> Any:
+    return resources.files("balanced_learning.training") / "recipes"
+
+
+def _as_flag(name: str, value: Any) -> list[str]:
+    if isinstance(settings()[name].default, bool) and isinstance(value, bool):
+        return [flag_of(name) if value else flag_of(name).replace("--", "--no-", 1)]
+    values = value if isinstance(value, list) else [value]
+    return [flag_of(name), *map(str, values)]
+
+
+def _refuse(message: str) -> None:
+    raise UserError(message)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _read_checkpoint(path: Path) -> Checkpoint:
+    if not path.is_file():
+        raise UserError(f"--resume {path}: no such file")
+    return Checkpoint.load(path)
+
+
+def _check_agreement(chosen: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuses what would give the weights of the checkpoint another meaning, or its training another course."""
+    before = checkpoint.config.values()
+    binding = {MODEL} if chosen.get("test_only") else {MODEL, COURSE}
+    for name, value in chosen.items():
+        setting = settings()[name]
+        is_schedule = name == "epochs" and before["lr_scheduler"] == "cosineannealinglr" and COURSE in binding
+        if (setting.metadata["binds"] in binding or is_schedule) and value != before[name]:
+            raise UserError(
+                f"{_said(name, value)}: {checkpoint.path} was made with {_said(name, before[name])}, and goes on so "
+                "without the flag"
+            )
+
+
+def _said(name: str, value: Any) -> str:
+    """A setting as one would type it."""
+    if value is None or isinstance(value, bool):
+        return f"{'' if value else 'no '}{flag_of(name)}" if value is None else _as_flag(name, value)[0]
+    return " ".join(_as_flag(name, value if not isinstance(value, tuple) else list(value)))
+
+
+def _settled(config: Config) -> Config:
+    """The configuration with what depends on other settings or on the machine, after a look at contradictions."""
+    model, training, run, data = config.model, config.training, config.run, config.data
+    if model.small and (model.weights or model.backbone != "resnet50"):
+        flag = f"--weights {model.weights}" if model.weights else f"--backbone {model.backbone}"
+        raise UserError(f"{flag}: a --small detector has its own backbone and no weights; pass --no-small")
+    if model.weights and model.backbone != "resnet50":
+        raise UserError(f"--weights {model.weights}: torchvision has COCO weights for --backbone resnet50 alone")
+    values = config.values()
+    if training.lr is None:
+        values["lr"] = paper_lr(config)
+    if run.output_dir is None:
+        name = f"{model.model}-{data.data_path.resolve().name if data.data_path else 'shapes'}"
+        values["output_dir"] = _new_folder(name)
+    if data.data_path:
+        values["data_path"] = data.data_path.absolute()
+    return Config.of(values)
+
+
+def paper_lr(config: Config) -> float:
+    """The paper's learning rate, scaled linearly with the images of an iteration of all processes."""
+    images = config.training.batch_size * _world_size()
+    return PAPER_LR[config.model.model] * images / PAPER_IMAGES
+
+
+def lr_note(config: Config) -> str:
+    """The learning rate, and where it is from, in words."""
+    lr, paper = config.training.lr, PAPER_LR[config.model.model]
+    if lr != paper_lr(config):
+        return f"learning rate {lr:g}, as given"
+    return (
+        f"learning rate {lr:g}: {paper:g} for {PAPER_IMAGES} images an iteration, scaled linearly "
+        f"to {config.training.batch_size * _world_size()}; --lr sets another"
+    )
+
+
+def _world_size() -> int:
+    """As torchrun announces it, for the processes may not have joined yet."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _new_folder(name: str) -> Path:
+    runs = Path("runs")
+    taken = {path.name for path in runs.iterdir()} if runs.is_dir() else set()
+    return runs / next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if n not in taken)

@@ -1,0 +1,191 @@
+"""The settings of a run: frozen, made once, saved in its checkpoints.
+
+The metadata of a field hold its flag, for :mod:`~balanced_learning.training.command_line`, and the uses of a checkpoint
+that must agree with it: ``MODEL`` settings decide what the weights mean, ``COURSE`` settings how the training goes on.
+The defaults are the paper's 1x schedule on COCO.
+"""
+
+import argparse
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+PAPER_IMAGES = 16  # images an iteration, to which the paper's learning rates belong
+PAPER_LR = {"libra_fasterrcnn": 0.02, "libra_retinanet": 0.01}
+
+MODEL, COURSE, FREE = "model", "course", "free"
+
+
+def _setting(default: Any, help: str, *aliases: str, binds: str = FREE, **arguments: Any) -> Any:
+    """A field with a default, and the arguments of its flag beside those that follow from name and default."""
+    metadata = {"help": help, "aliases": aliases, "binds": binds, "arguments": arguments}
+    return field(default=default, metadata=metadata)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
+def _name_or_none(text: str) -> str | None:
+    return None if text.lower() == "none" else text
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images, and how they are batched and augmented."""
+
+    data_path: Path | None = _setting(None, "folder with annotations/, train2017/ and val2017/, as COCO's", type=Path)
+    dataset: str = _setting("coco", "layout of the data", choices=["coco"])
+    data_augmentation: str = _setting(
+        "hflip",
+        "torchvision's policies",
+        binds=COURSE,
+        choices=["none", "hflip", "multiscale", "lsj", "ssd", "ssdlite"],
+    )
+    keep_empty: bool = _setting(False, "also train on images without boxes", binds=COURSE)
+    limit: int | None = _setting(
+        None, "use the first N images of each split", binds=COURSE, type=_positive, metavar="N"
+    )
+    workers: int = _setting(4, "loader processes", "-j", type=_not_negative, metavar="N")
+    aspect_ratio_group_factor: int = _setting(
+        3, "batches of like shape; negative: off", binds=COURSE, type=int, metavar="N"
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The detector."""
+
+    model: str = _setting("libra_fasterrcnn", "the detector", binds=MODEL, choices=list(PAPER_LR))
+    backbone: str = _setting("resnet50", "any ResNet or ResNeXt of torchvision", binds=MODEL)
+    sampler: bool = _setting(True, "IoU-balanced sampling (Faster R-CNN)", binds=COURSE)
+    pyramid: bool = _setting(True, "balanced feature pyramid", binds=MODEL)
+    path_aggregation: bool = _setting(False, "bottom-up path of PAFPN behind the FPN's levels", binds=MODEL)
+    box_loss: bool = _setting(True, "balanced L1", binds=COURSE)
+    rpn: bool = _setting(False, "balance the RPN, too (Faster R-CNN)", binds=COURSE)
+    small: bool = _setting(False, "a ResNet-18 detector that a CPU can train from scratch", binds=MODEL)
+    weights: str | None = _setting(
+        None, "torchvision's COCO weights to start from, e.g. DEFAULT", binds=MODEL, metavar="NAME"
+    )
+    weights_backbone: str | None = _setting(
+        "IMAGENET1K_V1",
+        "torchvision's ImageNet weights of the backbone; none: from scratch",
+        binds=MODEL,
+        type=_name_or_none,
+        metavar="NAME",
+    )
+    trainable_backbone_layers: int | None = _setting(
+        None, "stages trained, from the last", binds=COURSE, type=int, choices=range(6)
+    )
+    rpn_score_thresh: float = _setting(0.0, "lowest objectness of a proposal", binds=COURSE, type=float)
+    min_size: int = _setting(800, "shorter side of an image, in pixels", binds=MODEL, type=_positive)
+    max_size: int = _setting(1333, "longer side at most, in pixels", binds=MODEL, type=_positive)
+    sync_bn: bool = _setting(False, "synchronize batch norm over processes", binds=COURSE)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The optimization. The command line settles ``lr``."""
+
+    batch_size: int = _setting(2, "images per process", "-b", binds=COURSE, type=_positive, metavar="N")
+    epochs: int = _setting(12, "passes over the data", type=_positive, metavar="N")
+    opt: str = _setting("sgd", "optimizer", binds=COURSE, choices=["sgd", "sgd_nesterov", "adamw"])
+    lr: float = _setting(
+        None,
+        f"learning rate, used as given; by default the paper's for {PAPER_IMAGES} images an iteration (Faster R-CNN "
+        "0.02, RetinaNet 0.01), scaled linearly with the images of all processes",
+        binds=COURSE,
+        type=float,
+    )
+    momentum: float = _setting(0.9, "of SGD", binds=COURSE, type=float)
+    weight_decay: float = _setting(1e-4, "weight decay", "--wd", binds=COURSE, type=float)
+    norm_weight_decay: float | None = _setting(
+        None, "weight decay of normalization layers, if another", binds=COURSE, type=float
+    )
+    lr_scheduler: str = _setting(
+        "multisteplr", "decay of the learning rate", binds=COURSE, choices=["multisteplr", "cosineannealinglr"]
+    )
+    lr_steps: tuple[int, ...] = _setting((8, 11), "epochs after which lr drops", binds=COURSE, type=int, nargs="*")
+    lr_gamma: float = _setting(0.1, "factor of a drop", binds=COURSE, type=float)
+    warmup_iters: int = _setting(500, "iterations of linear warm-up", binds=COURSE, type=_not_negative)
+    warmup_factor: float = _setting(1 / 3, "share of lr that the warm-up starts from", binds=COURSE, type=float)
+    clip_grad_norm: float = _setting(35.0, "largest norm of the gradient; 0: any", binds=COURSE, type=float)
+    amp: str | None = _setting(
+        None,
+        "mixed precision; without a value fp16",
+        binds=COURSE,
+        nargs="?",
+        const="fp16",
+        choices=["fp16", "bf16"],
+    )
+    seed: int = _setting(0, "of weights, order, augmentation and sampling", binds=COURSE, type=int)
+    use_deterministic_algorithms: bool = _setting(False, "same bits every run, where torch can; slower")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The place of the run, and its reports. The command line settles ``output_dir``."""
+
+    device: str = _setting("auto", "cuda, cpu, ...; auto: cuda if there is one")
+    output_dir: Path = _setting(None, "default: a new folder in runs/, or that of --resume", type=Path)
+    resume: Path | None = _setting(
+        None,
+        "checkpoint to continue from, or with --test-only to evaluate; its settings replace the defaults",
+        type=Path,
+        metavar="FILE",
+    )
+    start_epoch: int = _setting(0, "epoch to start counting from", "--start_epoch", type=_not_negative, metavar="N")
+    test_only: bool = _setting(False, "evaluate, do not train")
+    print_freq: int = _setting(20, "iterations between reports", type=_positive, metavar="N")
+    tensorboard: bool = _setting(False, "also log metrics and the IoUs of sampled negatives for TensorBoard")
+    coco_backend: str = _setting("faster-coco-eval", "computes AP", choices=["faster-coco-eval", "pycocotools"])
+    dist_url: str = _setting("env://", "where processes started by torchrun meet")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run, in the groups of its flags."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    run: RunConfig = RunConfig()
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "Config":
+        """Makes a configuration of values by the names of the settings; those left out have their defaults."""
+        groups = {group.name: group.type for group in fields(cls)}
+        return cls(**{name: make(**_part(values, make)) for name, make in groups.items()})  # type: ignore[operator]
+
+    def values(self) -> dict[str, Any]:
+        """All values by the names of the settings."""
+        return {name: value for group in fields(self) for name, value in vars(getattr(self, group.name)).items()}
+
+    def plain(self) -> dict[str, Any]:
+        """As :meth:`values`, of types that JSON and ``torch.load(weights_only=True)`` have."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in self.values().items()}
+
+
+def settings() -> dict[str, Any]:
+    """The field of each setting by its name."""
+    return {setting.name: setting for group in fields(Config) for setting in fields(group.type)}  # type: ignore[arg-type]
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting: ``--min-size`` of ``min_size``."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _part(values: dict[str, Any], group: Any) -> dict[str, Any]:
+    names = {setting.name for setting in fields(group)}
+    return {name: value for name, value in values.items() if name in names}

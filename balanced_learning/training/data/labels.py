@@ -1,0 +1,60 @@
+"""The labels that a detector gives to the categories of a data set."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from balanced_learning.training.data.coco import Split
+from balanced_learning.training.errors import UserError
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Maps category ids to the labels of a model and back. Label 0 is the background.
+
+    Attributes:
+        names: by label, the name of the category.
+        category_ids: by label, the id of the category in the data set.
+        num_classes: size of the model's output, background included.
+    """
+
+    names: dict[int, str]
+    category_ids: dict[int, int]
+    num_classes: int
+
+    @classmethod
+    def of(cls, split: Split, weights: str | None) -> "Labels":
+        """Labels 1, 2, ... in the order of the category ids, or those of the same names in torchvision's ``weights``.
+
+        Raises:
+            UserError: for a category that the weights do not know.
+        """
+        if not weights:
+            category_ids = dict(enumerate(sorted(split.categories), 1))
+            num_classes = len(category_ids) + 1
+        else:
+            from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+            known = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
+            for name in split.categories.values():
+                if name not in known:
+                    raise UserError(f"--weights {weights}: they know no category {name!r}, which {split.json_file} has")
+            category_ids = {known.index(name): category_id for category_id, name in split.categories.items()}
+            num_classes = len(known)
+        names = {label: split.categories[category_id] for label, category_id in category_ids.items()}
+        return cls(names, category_ids, num_classes)
+
+    @property
+    def label_of(self) -> dict[int, int]:
+        """The label of each category id."""
+        return {category_id: label for label, category_id in self.category_ids.items()}
+
+    def check(self, split: Split, source: Any) -> None:
+        """Compares with the categories of a data set.
+
+        Raises:
+            UserError: if they are others than those of ``source``, the checkpoint that the labels are from.
+        """
+        own = {category_id: self.names[label] for label, category_id in self.category_ids.items()}
+        if own != split.categories:
+            odd = min(set(own.items()) ^ set(split.categories.items()))
+            raise UserError(f"{source}: trained on other categories than {split.json_file} has, such as {odd}")

@@ -1,0 +1,79 @@
+"""Trained detectors, and their detections on a data set."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from balanced_learning.training import distributed, randomness
+from balanced_learning.training.checkpoint import Checkpoint
+from balanced_learning.training.config import Config
+from balanced_learning.training.data.batching import DetectionLoader
+from balanced_learning.training.data.dataset import DetectionDataset
+from balanced_learning.training.data.labels import Labels
+from balanced_learning.training.data.splits import read_splits
+from balanced_learning.training.errors import UserError
+from balanced_learning.training.model import build_model
+from balanced_learning.training.optimization import Precision
+from balanced_learning.training.reporting.progress import Progress
+
+
+def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Any:
+    """Loads the detector of a checkpoint of the training program.
+
+    Nothing is downloaded, whatever weights the training started from.
+
+    Args:
+        path (str or Path): ``checkpoint.pth`` or ``checkpoint_best.pth``.
+        device (str or torch.device): the device to put it on.
+
+    Returns:
+        FasterRCNN or RetinaNet: in evaluation mode, with the image sizes of its training. Takes a list of images
+        ``[3, H, W]`` in [0, 1] and returns torchvision's detections. Its ``categories`` is a dict from label to name.
+
+    Raises:
+        UserError: if the file is no checkpoint of the training program.
+    """
+    checkpoint = Checkpoint.load(Path(path))
+    detector: Any = build_model(checkpoint.config, checkpoint.labels.num_classes, pretrained=False)
+    checkpoint.restore({"model": detector})
+    detector.categories = checkpoint.labels.names
+    return detector.to(device).eval()
+
+
+def detector_and_images(config: Config, checkpoint: Checkpoint | None) -> tuple[Any, DetectionDataset]:
+    """Builds the detector that a configuration asks for and reads one batch of the training images that have boxes.
+
+    Returns:
+        The detector in evaluation mode, on the device of the configuration, with the weights of the checkpoint if there
+        is one, and the images with their targets.
+    """
+    train, _ = read_splits(config)
+    labels = checkpoint.labels if checkpoint else Labels.of(train, config.model.weights)
+    randomness.seed_all(config.training.seed, "weights")
+    detector: Any = build_model(config, labels.num_classes, pretrained=checkpoint is None)
+    if checkpoint:
+        labels.check(train, checkpoint.path)
+        checkpoint.restore({"model": detector})
+    images = [image for image in train.images if train.boxes(image)][: config.training.batch_size]
+    if not images:
+        raise UserError(f"{train.json_file}: no image has a box")
+    device = distributed.start(config.run.device, config.run.dist_url)
+    return detector.to(device).eval(), DetectionDataset(train, labels.label_of, images)
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, loader: DetectionLoader, precision: Precision, print_freq: int
+) -> dict[int, dict[str, Tensor]]:
+    """Returns the detections of each image by its id, of all processes, on the CPU."""
+    model.eval()
+    progress = Progress("evaluation", print_freq, is_main=distributed.is_main())
+    detections = {}
+    for images, targets in progress.over(loader, status=lambda: ""):
+        with precision():
+            outputs = model([image.to(precision.device) for image in images])
+        for target, output in zip(targets, outputs, strict=True):
+            detections[target["image_id"]] = {name: value.float().cpu() for name, value in output.items()}
+    return distributed.union_over_processes(detections)
