@@ -25,7 +25,7 @@ class LibraRoIHeads(BalancedStage, RoIHeads):
             of boxes sampled, positives and negatives, as torchvision does.
     """
 
-    # TorchScript has no super(), and calls a method by the name of its function: a copy of torchvision's of another name.
+    # For TorchScript, which has no super() and compiles a method under the name of its function.
     infer = FunctionType(RoIHeads.forward.__code__, RoIHeads.forward.__globals__, "infer")
     infer.__annotations__ = RoIHeads.forward.__annotations__
 

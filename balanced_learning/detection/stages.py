@@ -12,7 +12,7 @@ from .matching import Matches
 Masks = tuple[list[Tensor], list[Tensor]]
 
 
-class BalancedStage(nn.Module):
+class BalancedStage:
     """A stage whose ``fg_bg_sampler`` is called as torchvision calls it, with labels alone, which are :class:`Matches`.
 
     A sampler that takes labels, IoUs and matched indices is adapted where it is assigned.
@@ -22,7 +22,7 @@ class BalancedStage(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "fg_bg_sampler":
-            self._modules.pop(name, None)  # or else nothing but another module could replace a module
+            vars(self)["_modules"].pop(name, None)  # torch lets nothing but a module take the place of a module
             value = taking_labels(value)
         super().__setattr__(name, value)
 
@@ -45,10 +45,10 @@ class MatchesSampler(IoUBalancedSampler):
     def __call__(
         self,
         labels: Matches | Sequence[Tensor],
-        ious: Sequence[Tensor] | None = None,
-        matched_idxs: Sequence[Tensor] | None = None,
+        ious: Sequence[Tensor] = (),
+        matched_idxs: Sequence[Tensor] = (),
     ) -> Masks:
-        if ious is None and isinstance(labels, Matches):
+        if isinstance(labels, Matches) and not ious:
             labels, ious, matched_idxs = _three_lists(labels)
         return super().__call__(labels, ious, matched_idxs)
 
