@@ -35,14 +35,19 @@ def apply_libra(
     Weights stay, every key of the state dict keeps its name (a balanced pyramid adds ``backbone.bfp.*``, a bottom-up
     path ``backbone.path_aggregation.*``), targets and detections keep torchvision's format, and its normalisers of the
     losses stay. For each part ``True`` is the paper's setting, ``False`` torchvision's own; anything else is used as
-    it is.
+    it is. The samplers (``fg_bg_sampler``) and matchers (``proposal_matcher``) of both stages can be exchanged as in
+    torchvision.
+
+    :func:`torch.jit.script`, which torch has deprecated, compiles the inference of a model with ``pyramid=False`` and
+    no path aggregation. A balanced pyramid cannot be scripted, and a scripted model raises an error in training.
 
     Args:
         model (FasterRCNN or RetinaNet): a detector of torchvision, with any weights and number of classes.
             ``MaskRCNN`` and ``KeypointRCNN`` are balanced in their box branch.
         sampler (bool or IoUBalancedSampler): how the second stage samples proposals. ``True``: three bins up to the
             IoU below which a proposal is a negative (0.5), with the model's own batch size and fraction of positives.
-            RetinaNet samples nothing: there, ``True`` has no effect.
+            Or any callable that takes the labels, as torchvision's sampler does (they carry ``ious`` and
+            ``matched_idxs``), or these three lists. RetinaNet samples nothing: there, ``True`` has no effect.
         pyramid (bool or BalancedFeaturePyramid): what the maps of the backbone go through. ``True``: non-local
             refinement at P4, or at the middle level of a pyramid that is not P2 to P6 or P3 to P7.
         box_loss (bool or nn.Module): ``True``: :class:`~balanced_learning.BalancedL1Loss` with alpha 0.5, gamma 1.5 and

@@ -1,60 +1,55 @@
 """torchvision's second stage with IoU-balanced sampling and an exchangeable box loss."""
 
+from types import FunctionType
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss, maskrcnn_loss
+from torchvision.ops import box_iou
 
-from ._common import Matches, match, summed_loss
+from .matching import Matches, match
+from .stages import BalancedStage, summed_loss
 
 Targets = list[dict[str, Tensor]]
 
 
-class LibraRoIHeads(RoIHeads):
+class LibraRoIHeads(BalancedStage, RoIHeads):
     """:class:`torchvision.models.detection.roi_heads.RoIHeads` that trains balanced; inference is torchvision's own.
 
     Attributes:
-        fg_bg_sampler: called with labels, IoUs and matched indices, as :class:`~balanced_learning.IoUBalancedSampler`
-            is; torchvision's own random sampler is also accepted.
+        fg_bg_sampler: called with :class:`~balanced_learning.detection.matching.Matches`, as torchvision calls it with
+            labels. Any sampler of torchvision's protocol can be assigned, an
+            :class:`~balanced_learning.IoUBalancedSampler`, or a callable that takes the same three lists.
         box_loss (nn.Module): a loss with a ``reduction`` attribute. Its sum over the positives is divided by the number
             of boxes sampled, positives and negatives, as torchvision does.
     """
 
-    box_loss: nn.Module
-
-    def select_training_samples(
-        self, proposals: list[Tensor], targets: Targets | None
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], tuple[Tensor, ...]]:
-        if isinstance(self.fg_bg_sampler, BalancedPositiveNegativeSampler):
-            return super().select_training_samples(proposals, targets)
-        self.check_targets(targets)
-        proposals, matches = self.candidates(proposals, targets or [])
-        positives, negatives = self.fg_bg_sampler(*matches[:3])
-        sampled = torch.where(torch.cat(positives) | torch.cat(negatives))[0]
-        ends = torch.tensor([len(image) for image in proposals], device="cpu").cumsum(dim=0)
-        splits = torch.searchsorted(sampled.cpu(), ends)[:-1]
-        proposals, labels, matched_idxs, matched_boxes = (
-            list(torch.cat(column)[sampled].tensor_split(splits))
-            for column in (proposals, matches.labels, matches.matched_idxs, matches.matched_boxes)
-        )
-        return proposals, matched_idxs, labels, self.box_coder.encode(matched_boxes, proposals)
-
-    def candidates(self, proposals: list[Tensor], targets: Targets) -> tuple[list[Tensor], Matches]:
-        """What the sampler chooses from: the proposals and the ground truths of each image, and their matches."""
-        gt_boxes = [target["boxes"].to(proposals[0].dtype) for target in targets]
-        boxes = self.add_gt_proposals(proposals, gt_boxes)
-        return boxes, match(self.proposal_matcher, boxes, gt_boxes, [target["labels"] for target in targets])
+    # For TorchScript, which has no super() and compiles a method under the name of its function.
+    infer = FunctionType(RoIHeads.forward.__code__, RoIHeads.forward.__globals__, "infer")
+    infer.__annotations__ = RoIHeads.forward.__annotations__
 
     def forward(
         self,
         features: dict[str, Tensor],
         proposals: list[Tensor],
         image_shapes: list[tuple[int, int]],
-        targets: Targets | None = None,
+        targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        if not self.training:
-            return super().forward(features, proposals, image_shapes, targets)
+        if self.training:
+            return [], self.losses(features, proposals, image_shapes, targets)
+        return self.infer(features, proposals, image_shapes, targets)
+
+    @torch.jit.unused
+    def losses(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None,
+    ) -> dict[str, Tensor]:
+        """As torchvision's ``forward`` in training, with the same errors."""
+        self._check_types(targets or [])
         proposals, matched_idxs, labels, regression_targets = self.select_training_samples(proposals, targets)
         box_features = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
         class_logits, box_regression = self.box_predictor(box_features)
@@ -70,7 +65,51 @@ class LibraRoIHeads(RoIHeads):
         if self.has_keypoint():
             logits = self.keypoint_predictor(self.keypoint_head(self.keypoint_roi_pool(features, boxes, image_shapes)))
             losses["loss_keypoint"] = keypointrcnn_loss(logits, boxes, [t["keypoints"] for t in targets or []], idxs)
-        return [], losses
+        return losses
+
+    @torch.jit.unused
+    def select_training_samples(
+        self, proposals: list[Tensor], targets: list[dict[str, Tensor]] | None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """As torchvision's, for all images at once."""
+        self.check_targets(targets)
+        proposals, matches = self.match_proposals(proposals, targets or [])
+        positives, negatives = self.fg_bg_sampler(matches)
+        sampled = torch.where(torch.cat(positives) | torch.cat(negatives))[0]
+        ends = torch.tensor([len(image) for image in proposals], device="cpu").cumsum(dim=0)
+        splits = torch.searchsorted(sampled.cpu(), ends)[:-1]
+        proposals, labels, matched_idxs, matched_boxes = (
+            list(torch.cat(column)[sampled].tensor_split(splits))
+            for column in (proposals, matches, matches.matched_idxs, matches.matched_boxes)
+        )
+        return proposals, matched_idxs, labels, self.box_coder.encode(matched_boxes, proposals)
+
+    @torch.jit.unused
+    def match_proposals(self, proposals: list[Tensor], targets: Targets) -> tuple[list[Tensor], Matches]:
+        """The candidates of the sampler, proposals and ground truths of each image, and what they were matched to."""
+        gt_boxes = [target["boxes"].to(proposals[0].dtype) for target in targets]
+        boxes = self.add_gt_proposals(proposals, gt_boxes)
+        _, matches = self.assign_targets_to_proposals(boxes, gt_boxes, [target["labels"] for target in targets])
+        return boxes, matches
+
+    @torch.jit.unused
+    def assign_targets_to_proposals(
+        self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
+    ) -> tuple[list[Tensor], Matches]:
+        """As torchvision's, which does not use ``box_similarity`` here; the labels are :class:`Matches`."""
+        matches = match(box_iou, self.proposal_matcher, proposals, gt_boxes, gt_labels)
+        return matches.matched_idxs, matches
+
+    def _check_types(self, targets: Targets) -> None:
+        """Raises what torchvision's ``forward`` raises."""
+        for target in targets:
+            boxes, labels = target["boxes"].dtype, target["labels"].dtype
+            if boxes not in (torch.float, torch.double, torch.half):
+                raise TypeError(f"target boxes must of float type, instead got {boxes}")
+            if labels != torch.int64:
+                raise TypeError(f"target labels must of int64 type, instead got {labels}")
+            if self.has_keypoint() and (keypoints := target["keypoints"].dtype) != torch.float32:
+                raise TypeError(f"target keypoints must of float type, instead got {keypoints}")
 
     def _box_losses(
         self, class_logits: Tensor, box_regression: Tensor, labels: Tensor, regression_targets: Tensor

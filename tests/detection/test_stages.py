@@ -10,8 +10,8 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from balanced_learning import IoUBalancedSampler
-from balanced_learning.detection import _common, apply_libra
-from balanced_learning.detection._common import match
+from balanced_learning.detection import apply_libra, matching
+from balanced_learning.detection.matching import match
 from balanced_learning.detection.retinanet import LibraRetinaNetRegressionHead
 from balanced_learning.detection.roi_heads import LibraRoIHeads
 from balanced_learning.detection.rpn import LibraRPN
@@ -110,7 +110,7 @@ def test_roi_heads_match_as_torchvision_and_hand_the_ious_to_the_sampler():
 
     gt_boxes, gt_labels = ([target[key] for target in targets] for key in ("boxes", "labels"))
     expected = stock.assign_targets_to_proposals(boxes, gt_boxes, gt_labels)
-    for i, (labels, ious, matched_idxs) in zip(range(3), libra.fg_bg_sampler.asked, strict=True):
+    for i, (labels, ious, matched_idxs) in zip(range(3), libra.fg_bg_sampler.sampler.asked, strict=True):
         assert torch.equal(matched_idxs, expected[0][i])
         assert torch.equal(labels, expected[1][i])
         assert torch.equal(ious, best_iou(boxes[i], gt_boxes[i]))
@@ -148,8 +148,9 @@ def test_rpn_matches_as_torchvision_and_hands_the_ious_to_the_sampler():
     expected_labels, expected_boxes = stock.assign_targets_to_anchors(anchors, targets)
     assert all(map(torch.equal, matched_boxes, expected_boxes))
     low_quality = 0
-    for i, (labels, ious, _) in zip(range(3), libra.fg_bg_sampler.asked, strict=True):
-        assert torch.equal(labels.float(), expected_labels[i])
+    for i, (labels, ious, _) in zip(range(3), libra.fg_bg_sampler.sampler.asked, strict=True):
+        assert torch.equal(labels, expected_labels[i].long())
+        assert torch.equal(matches[i], expected_labels[i])
         assert torch.equal(ious, best_iou(anchors[i], targets[i]["boxes"]))
         low_quality += ((labels > 0) & (ious < 0.7)).sum()
     assert low_quality > 0  # the best anchor of an object is positive whatever its IoU
@@ -161,18 +162,19 @@ def test_images_are_matched_alike_alone_and_together(at_a_time, monkeypatch):
     counts = (5, 1, 0, 3)
     boxes, gt_boxes = [random_boxes(40) for _ in counts], [random_boxes(count) for count in counts]
     gt_labels = [torch.tensor([-1, 1, 2, 3, 4])[:count] for count in counts]
-    monkeypatch.setattr(_common, "_MAX_IOUS", at_a_time * 5 * 40)
+    monkeypatch.setattr(matching, "_MAX_IOUS", at_a_time * 5 * 40)
     for stage, stock in ((roi_heads(), roi_heads(RoIHeads)), (rpn(), rpn(RegionProposalNetwork))):
-        matches = match(stage.proposal_matcher, boxes, gt_boxes, gt_labels)
+        matches = match(torchvision.ops.box_iou, stage.proposal_matcher, boxes, gt_boxes, gt_labels)
         for image in range(len(counts)):
             if counts[image] == 0:
-                assert not any(column[image].any() for column in matches)
+                columns = (matches, matches.ious, matches.matched_idxs, matches.matched_boxes)
+                assert not any(column[image].any() for column in columns)
                 continue
             expected = stock.proposal_matcher(torchvision.ops.box_iou(gt_boxes[image], boxes[image]))
             labels = torch.where(
                 expected >= 0, gt_labels[image][expected.clamp(min=0)], torch.where(expected == -1, 0, -1)
             )
-            assert torch.equal(matches.labels[image], labels)
+            assert torch.equal(matches[image], labels)
             assert torch.equal(matches.matched_idxs[image], expected.clamp(min=0))
             assert torch.equal(matches.matched_boxes[image], gt_boxes[image][expected.clamp(min=0)])
 
