@@ -1,6 +1,6 @@
 """Balanced training for object detectors: the three ideas of Libra R-CNN (Pang et al., CVPR 2019) for PyTorch."""
 
-from ._backend import backend_info
+from ._backend import backend_info, use_kernels
 from .losses import BalancedL1Loss, balanced_l1_loss
 from .pyramid import BalancedFeaturePyramid, PathAggregation
 from .samplers import IoUBalancedSampler
@@ -12,4 +12,5 @@ __all__ = [
     "PathAggregation",
     "backend_info",
     "balanced_l1_loss",
+    "use_kernels",
 ]

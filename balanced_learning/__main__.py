@@ -1,4 +1,4 @@
-"""``python -m balanced_learning``: what is installed and in use."""
+"""Prints what is installed and in use: ``python -m balanced_learning``."""
 
 from . import backend_info
 

@@ -1,17 +1,16 @@
-"""What is compiled, as ops of torch: schema, shapes, derivatives, autocast, vmap.
+"""Balanced L1 and sampling as ops of torch: schema, shapes, derivatives, autocast, vmap.
 
 The ops are defined whether or not there is a binary with kernels for them.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _backend
+from . import _backend, _balanced_l1, _torch_private
 
 _NONE, _MEAN, _SUM = range(3)
 _REDUCTIONS = {"none": _NONE, "mean": _MEAN, "sum": _SUM}
@@ -34,29 +33,54 @@ _backward_op = torch.ops.balanced_learning.balanced_l1_backward.default
 _sample_op = torch.ops.balanced_learning.iou_balanced_sample.default
 
 
-def serves(tensor: Tensor) -> bool:
-    """Whether to call a function of this file for such a tensor, and not plain PyTorch.
+def uses_kernels(*tensors: Tensor | None) -> bool:
+    """Tells whether kernels compute a function of the tensors, all on one device, and not plain PyTorch.
 
-    Not for function transforms, which take the formula apart, and not where torch compiles for a GPU, where it makes
-    one kernel of the formula and what is around it. (What it makes of it on the CPU is slower than ours.) Samples are
-    then drawn by tensor operations, too.
+    Not where the formula is taken apart, and not where torch compiles for a GPU: there it makes one kernel of the
+    formula and what is around it. (What it makes of it on the CPU is slower than ours.) Samples are then drawn by
+    tensor operations, too.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    device = next(tensor.device for tensor in tensors if tensor is not None)
+    if not _backend.enabled or _is_taken_apart(tensors):
         return False
     if torch.compiler.is_compiling():
-        return _CPU_KERNELS and tensor.device.type == "cpu"
-    return _backend.has_kernels(tensor.device)
+        return _CPU_KERNELS and device.type == "cpu"
+    return _backend.has_kernels(device)
+
+
+def _is_taken_apart(tensors: Sequence[Tensor | None]) -> bool:
+    """Tells whether function transforms or forward-mode AD need operations that they know."""
+    if _torch_private.are_transforms_active():
+        return True
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def balanced_l1(
-    input: Tensor, target: Tensor, weight: Tensor | None, alpha: float, gamma: float, beta: float, reduction: str
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    alpha: float,
+    gamma: float,
+    beta: float,
+    reduction: str,
+    *,
+    kernels: bool,
 ) -> Tensor:
-    """Balanced L1 of tensors of one type, on one device, whose shapes broadcast."""
+    """Computes balanced L1 of tensors of one type, on one device, whose shapes broadcast.
+
+    By the kernels, or in plain PyTorch: the tensors are then float32 or float64.
+    """
     if input.shape != target.shape:
         input, target = torch.broadcast_tensors(input, target)
     if weight is not None:
         weight = weight.expand_as(input)
-    function = _forward_op if torch.compiler.is_compiling() else _Eager.apply
+    function: Callable[..., Tensor]
+    if kernels:
+        function = _forward_op if torch.compiler.is_compiling() else _Fused.apply
+    elif torch.compiler.is_compiling() or _is_taken_apart((input, target, weight)):
+        function = _plain
+    else:
+        function = _Plain.apply
     return function(input, target, weight, alpha, gamma, beta, _REDUCTIONS[reduction])
 
 
@@ -85,60 +109,109 @@ def _backward_fake(grad: Tensor, input: Tensor, *others: Any) -> Tensor:
     return input.new_empty(input.shape)
 
 
+def _plain(
+    input: Tensor, target: Tensor, weight: Tensor | None, alpha: float, gamma: float, beta: float, reduction: int
+) -> Tensor:
+    """Computes what the forward op does, in operations that can be differentiated."""
+    losses = _balanced_l1.loss(input - target, alpha, gamma, beta)
+    return _reduce(losses if weight is None else losses * weight, reduction)
+
+
+def _plain_backward(
+    grad: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    alpha: float,
+    gamma: float,
+    beta: float,
+    reduction: int,
+) -> Tensor:
+    """Computes what the backward op does, in operations that can be differentiated."""
+    gradients = _balanced_l1.slope(input - target, alpha, gamma, beta) * _share(grad, reduction, input.numel())
+    return gradients if weight is None else gradients * weight
+
+
+def _fused(*args: Any) -> Tensor:
+    return _call(_forward_op, *args)
+
+
+def _fused_backward(*args: Any) -> Tensor:
+    return _call(_backward_op, *args)
+
+
+def _call(op: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Calls the op; where nothing is differentiated, past the Python that would only find that out."""
+    if torch.is_grad_enabled():
+        return op(*args)
+    with _torch_private.below_autograd():
+        return op(*args)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:-4])
     ctx.parameters = inputs[-4:]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, target, weight = ctx.saved_tensors
-    *function, reduction = ctx.parameters
-    needs_input, needs_target, needs_weight, *_ = ctx.needs_input_grad
-    grad_input = grad_weight = None
-    if needs_input or needs_target:
-        grad_input = _call(_backward_op, grad, input, target, weight, *function, reduction)
-    if needs_weight:
-        losses = _call(_forward_op, input, target, None, *function, _NONE)
-        grad_weight = _share(losses * grad, reduction)
-    return grad_input, _negative(grad_input, needs_target), grad_weight, None, None, None, None
+def _derivative(loss: Callable[..., Tensor], loss_backward: Callable[..., Tensor]) -> Callable:
+    """Makes the backward of a balanced L1 from two functions that can be differentiated: itself and its gradient."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, target, weight = ctx.saved_tensors
+        *function, reduction = ctx.parameters
+        needs_input, needs_target, needs_weight, *_ = ctx.needs_input_grad
+        grad_input = grad_weight = None
+        if needs_input or needs_target:
+            grad_input = loss_backward(grad, input, target, weight, *function, reduction)
+        if needs_weight:
+            losses = loss(input, target, None, *function, _NONE)
+            grad_weight = losses * _share(grad, reduction, losses.numel())
+        return grad_input, _negative(grad_input, needs_target), grad_weight, None, None, None, None
+
+    return backward
 
 
 def _double_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """The backward op is linear in grad and in weight, and has the second derivative of the loss in input."""
+    """Differentiates the backward op, linear in grad and in weight; in input it has the curvature of the loss."""
     grad, input, target, weight = ctx.saved_tensors
     *function, reduction = ctx.parameters
     needs_grad, needs_input, needs_target, needs_weight, *_ = ctx.needs_input_grad
     grad_grad = grad_input = grad_weight = None
     if needs_grad:
-        grad_grad = _call(_backward_op, grad_output, input, target, weight, *function, _NONE)
-        grad_grad = grad_grad if reduction == _NONE else _total(grad_grad.flatten(), reduction)
+        grad_grad = _reduce(_fused_backward(grad_output, input, target, weight, *function, _NONE), reduction)
+    share = _share(grad, reduction, input.numel())
     if needs_input or needs_target:
-        grad_input = _share(grad_output * grad * _curvature(input - target, *function), reduction)
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        curvatures = _balanced_l1.curvature(input.to(dtype) - target.to(dtype), *function).to(input.dtype)
+        grad_input = grad_output * share * curvatures
         grad_input = grad_input if weight is None else grad_input * weight
     if needs_weight:
-        gradients = _call(_backward_op, grad_output, input, target, None, *function, _NONE)
-        grad_weight = _share(gradients * grad, reduction)
+        grad_weight = _fused_backward(grad_output, input, target, None, *function, _NONE) * share
     return grad_grad, grad_input, _negative(grad_input, needs_target), grad_weight, None, None, None, None
 
 
-class _Eager(torch.autograd.Function):
+class _Fused(torch.autograd.Function):
     """The forward op with its backward, for eager mode: what is registered for the op would take twice the time."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _call(_forward_op, *inputs)
+        output = _fused(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_backward)
+    backward = staticmethod(_derivative(_fused, _fused_backward))
 
 
-def _call(op: torch._ops.OpOverload, *args: Any) -> Tensor:
-    """Calls the op; where nothing is differentiated, past the Python that would only find that out."""
-    if torch.is_grad_enabled():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+class _Plain(torch.autograd.Function):
+    """The formula, of which autograd would save every step: this saves the inputs alone."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _plain(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_derivative(_plain, _plain_backward))
 
 
 def _negative(grad_input: Tensor | None, needed: bool) -> Tensor | None:
@@ -146,39 +219,31 @@ def _negative(grad_input: Tensor | None, needed: bool) -> Tensor | None:
     return -grad_input if needed and grad_input is not None else None
 
 
-def _share(gradients: Tensor, reduction: int) -> Tensor:
-    """What a mean makes of the gradients of all its elements."""
-    return gradients / gradients.numel() if reduction == _MEAN else gradients
+def _reduce(values: Tensor, reduction: int, batch_dims: int = 0) -> Tensor:
+    """Reduces each element of a batch; the mean of nothing is 0."""
+    if reduction == _NONE:
+        return values
+    values = values.unsqueeze(-1)  # so that there is a dimension to sum
+    total = values.sum(tuple(range(batch_dims, values.dim())))
+    return _share(total, reduction, values.shape[batch_dims:].numel())
 
 
-def _total(values: Tensor, reduction: int) -> Tensor:
-    """The sum or mean of the last dimension; the mean of nothing is 0."""
-    total = values.sum(-1)
-    return total / max(values.shape[-1], 1) if reduction == _MEAN else total
-
-
-def _curvature(x: Tensor, alpha: float, gamma: float, beta: float) -> Tensor:
-    """The second derivative of the loss of an error x."""
-    b = math.expm1(gamma / alpha)
-    size = x.abs().to(torch.promote_types(x.dtype, torch.float32))
-    return torch.where(size < beta, alpha * b / (b * size + beta), 0).to(x.dtype)
+def _share(grad: Tensor, reduction: int, numel: int) -> Tensor:
+    """The part of a gradient, or of a sum, that each of the numel elements of a mean has."""
+    return grad / max(numel, 1) if reduction == _MEAN else grad
 
 
 def _vmap_forward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-    *_, reduction = inputs
     tensors = _batched(inputs[:-4], in_dims, info.batch_size)
     losses = _forward_op(*tensors, *inputs[-4:-1], _NONE)
-    if reduction != _NONE:
-        losses = _total(losses.unsqueeze(-1).flatten(1), reduction)
-    return losses, 0
+    return _reduce(losses, inputs[-1], batch_dims=1), 0
 
 
 def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-    *_, reduction = inputs
     grad, input, *others = _batched(inputs[:-4], in_dims, info.batch_size)
+    grad = _share(grad, inputs[-1], input.shape[1:].numel())
     grad = grad.reshape(grad.shape + (1,) * (input.dim() - grad.dim())).expand_as(input)
-    gradients = _backward_op(grad, input, *others, *inputs[-4:-1], _NONE)
-    return gradients / input[0].numel() if reduction == _MEAN else gradients, 0
+    return _backward_op(grad, input, *others, *inputs[-4:-1], _NONE), 0
 
 
 def _batched(tensors: tuple[Any, ...], dims: tuple[int | None, ...], batch_size: int) -> list[Any]:
@@ -189,12 +254,12 @@ def _batched(tensors: tuple[Any, ...], dims: tuple[int | None, ...], batch_size:
     ]
 
 
-for _op, _fake, _derivative, _vmap in (
-    (_forward_op, _forward_fake, _backward, _vmap_forward),
+for _op, _fake, _backward, _vmap in (
+    (_forward_op, _forward_fake, _derivative(_fused, _fused_backward), _vmap_forward),
     (_backward_op, _backward_fake, _double_backward, _vmap_backward),
 ):
     torch.library.register_fake(_op, _fake, lib=_library)
-    torch.library.register_autograd(_op, _derivative, setup_context=_setup_context, lib=_library)
+    torch.library.register_autograd(_op, _backward, setup_context=_setup_context, lib=_library)
     torch.library.register_vmap(_op, _vmap, lib=_library)
 torch.library.register_fake(_sample_op, _sample_fake, lib=_library)
 for _device in ("cpu", "cuda"):

@@ -82,15 +82,12 @@ def balanced_l1_loss(
         dtype = torch.float32
     compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
-    kernels = _ops.serves(input)
+    kernels = _ops.uses_kernels(input, target, weight)
     one_type = input.dtype == target.dtype == dtype and (weight is None or weight.dtype == dtype)
-    if kernels and one_type and dtype.itemsize > 1:
-        return _ops.balanced_l1(input, target, weight, alpha, gamma, beta, reduction)
-
-    input, target = input.to(compute_dtype), target.to(compute_dtype)
-    weight = None if weight is None else weight.to(compute_dtype)
-    evaluate = _ops.balanced_l1 if kernels else _formula
-    return evaluate(input, target, weight, alpha, gamma, beta, reduction).to(dtype)
+    if not (kernels and one_type and dtype.itemsize > 1):
+        input, target = input.to(compute_dtype), target.to(compute_dtype)
+        weight = None if weight is None else weight.to(compute_dtype)
+    return _ops.balanced_l1(input, target, weight, alpha, gamma, beta, reduction, kernels=kernels).to(dtype)
 
 
 class BalancedL1Loss(nn.Module):
@@ -123,42 +120,6 @@ class BalancedL1Loss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, gamma={self.gamma}, beta={self.beta}, reduction={self.reduction!r}"
-
-
-def _formula(
-    input: Tensor, target: Tensor, weight: Tensor | None, alpha: float, gamma: float, beta: float, reduction: str
-) -> Tensor:
-    """Balanced L1 in plain PyTorch: L_1 on the inlier part of |x| / beta, and slope gamma on what exceeds it."""
-    x = input - target
-    b = math.expm1(gamma / alpha)
-    u = torch.where(x < 0, -x, x) / beta  # |x| has no slope at 0 for autograd, and so would L no curvature
-    is_outlier = u >= 1
-    inlier = torch.where(is_outlier, 1.0, u)
-    excess = torch.where(is_outlier, u - 1, 0.0)
-    loss = beta * (alpha * inlier * _mean_log1p(b * inlier) + gamma * excess)
-    return _reduce(loss if weight is None else loss * weight, reduction)
-
-
-def _mean_log1p(z: Tensor) -> Tensor:
-    """(1 + 1/z) ln(1 + z) - 1: the mean of ln(1 + t) for t from 0 to z, to full precision also near z = 0.
-
-    There the two terms cancel. With s = z / (z + 2), ln(1 + z) = 2 atanh(s) turns it into s + (1 + s)(atanh(s)/s - 1),
-    whose series has positive terms only.
-    """
-    s = z / (z + 2)
-    switch = torch.finfo(z.dtype).eps ** (1 / 9)  # where the first omitted term, s^10 / 11, falls below the rounding
-    ss = s * s
-    near = s + (1 + s) * ss * (1 / 3 + ss * (1 / 5 + ss * (1 / 7 + ss / 9)))
-    far = z.clamp(min=switch)
-    far = (1 + 1 / far) * far.log1p() - 1
-    return torch.where(s < switch, near, far)
-
-
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    return total if reduction == "sum" else total / max(loss.numel(), 1)
 
 
 def _check_parameters(alpha: float, gamma: float, beta: float, reduction: str) -> None:

@@ -109,7 +109,7 @@ class IoUBalancedSampler:
             return [], []
         wide = torch.float64 if any(image.dtype == torch.float64 for image in ious) else torch.float32
         ious = [image.to(wide) for image in ious]  # so that an edge between bins is where it is in every type
-        if _ops.serves(labels[0]):
+        if _ops.uses_kernels(labels[0]):
             positives, negatives, has_nan = _ops.iou_balanced_sample(
                 labels,
                 ious,

@@ -1,13 +1,12 @@
 """What the tests of the ops and of their kernels share: the devices, and the comparison with the plain formula."""
 
 from collections.abc import Callable
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from balanced_learning import _backend, _ops, balanced_l1_loss
+from balanced_learning import _backend, balanced_l1_loss, use_kernels
 
 REDUCTIONS = ("none", "mean", "sum")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -24,7 +23,7 @@ devices = pytest.mark.parametrize("device", [pytest.param(name, marks=needs(name
 
 
 def formula(*args, **kwargs) -> Tensor:
-    with mock.patch.object(_ops, "serves", return_value=False):
+    with use_kernels(False):
         return balanced_l1_loss(*args, **kwargs)
 
 
