@@ -86,7 +86,8 @@ def linker_flags(kind: str) -> list[str]:
 
 def through_nvcc(flags: list[str]) -> list[str]:
     """The options with which nvcc hands these flags on to the compiler of the host, which is also its linker."""
-    return ["-Xcompiler=" + flag.replace(",", r"\,") for flag in flags]
+    # nvcc splits such an option at commas, and leaves the rest to a shell.
+    return ["-Xcompiler=" + shlex.quote(flag).replace(",", r"\,") for flag in flags]
 
 
 def run(commands: dict[str, list[str]]) -> bool:

@@ -150,9 +150,9 @@ def test_nvcc_hands_the_flags_of_the_user_to_the_compiler_of_the_host(source: Pa
         assert "-ccbin=g++" in call
         host = [word.removeprefix("-Xcompiler=") for word in call if word.startswith("-Xcompiler=")]
         assert host[-4:] == (
-            ["-m64", "-O1", "-DNAME=a b", r"-Wl\,-z\,now"]
+            ["-m64", "-O1", "'-DNAME=a b'", r"-Wl\,-z\,now"]
             if call is link
-            else ["-fvisibility=hidden", "-m64", "-O1", "-DNAME=a b"]
+            else ["-fvisibility=hidden", "-m64", "-O1", "'-DNAME=a b'"]
         )
 
 
