@@ -1,4 +1,5 @@
-// Balanced L1 (Libra R-CNN, equations 6 to 9) of one error, for host and device. Free of branches, to vectorize.
+// Balanced L1 (Libra R-CNN, equations 6 to 9) of one element, for host and device. Without branches, so that compilers
+// vectorize it.
 #pragma once
 
 #include <cmath>
@@ -15,14 +16,14 @@ template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class To, class From>
-HOST_DEVICE inline To bits(From from) {
+HOST_DEVICE inline To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof(to));
   return to;
 }
 
-// c[0] + c[1] x + c[2] x^2 + ..., of an even number of terms; by pairs, so that fewer wait for one another.
+// c[0] + c[1] x + c[2] x^2 + ..., of an even number of terms; in pairs, which shortens the chain of operations.
 template <class T, int size>
 HOST_DEVICE inline T polynomial(const T (&c)[size], T x) {
   T sum = c[size - 2] + x * c[size - 1];
@@ -31,12 +32,12 @@ HOST_DEVICE inline T polynomial(const T (&c)[size], T x) {
 }
 
 // (ln(1 + f) - f) / f^2 for f from 0 to 1, interpolated at 8 (20 for double) Chebyshev nodes.
-HOST_DEVICE inline float log1p_rest(float f) {
+HOST_DEVICE inline float log1p_remainder(float f) {
   const float c[] = {-0.499999808f, 0.333308605f,  -0.249462311f,  0.195396289f,
                      -0.146362608f, 0.0901905844f, -0.0371075738f, 0.00718410532f};
   return polynomial(c, f);
 }
-HOST_DEVICE inline double log1p_rest(double f) {
+HOST_DEVICE inline double log1p_remainder(double f) {
   const double c[] = {
       -0.49999999999999994,  0.33333333333328547,   -0.24999999999359621,   0.19999999965822402,
       -0.1666666569676973,   0.14285697368176904,   -0.12499802193640868,   0.11109469727104494,
@@ -46,21 +47,21 @@ HOST_DEVICE inline double log1p_rest(double f) {
   return polynomial(c, f);
 }
 
-// 1 + z = scale (1 + f), with scale a power of 2 and f in [0, 1), for z >= 0; ln(1 + z) = log_scale + f + rest.
-// For z < 1, scale is 1 and f is z to the last bit.
+// Range reduction of ln(1 + z) for z >= 0: 1 + z = scale (1 + f), with scale a power of 2 and f in [0, 1), and
+// ln(1 + z) = log_scale + f + remainder. For z < 1, scale is 1 and f is exactly z.
 template <class T>
-struct Split {
-  T scale, log_scale, f, rest;
+struct Log1p {
+  T scale, log_scale, f, remainder;
 
-  HOST_DEVICE inline explicit Split(T z) {
+  HOST_DEVICE inline explicit Log1p(T z) {
     using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-    constexpr Bits ulps = Bits(1) << (sizeof(T) == 4 ? 23 : 52);  // between 1 and 2
-    const Bits one = bits<Bits>(T(1)), power = bits<Bits>(1 + z) & -ulps;
-    const T shrink = bits<T>(2 * one - power);
-    scale = bits<T>(power);
-    log_scale = T(power - one) * T(0.69314718055994531 / ulps);
-    f = z * shrink + (shrink - 1);
-    rest = f * f * log1p_rest(f);
+    constexpr Bits ulps_per_octave = Bits(1) << (sizeof(T) == 4 ? 23 : 52);
+    const Bits one = bit_cast<Bits>(T(1)), power = bit_cast<Bits>(1 + z) & -ulps_per_octave;
+    const T inverse_scale = bit_cast<T>(2 * one - power);
+    scale = bit_cast<T>(power);
+    log_scale = T(power - one) * T(0.69314718055994531 / ulps_per_octave);
+    f = z * inverse_scale + (inverse_scale - 1);
+    remainder = f * f * log1p_remainder(f);
   }
 };
 
@@ -78,21 +79,21 @@ struct BalancedL1 {
   // Equation 8, rescaled: beta L_1(|x| / beta). With z = b |x| / beta, an inlier has alpha beta / b times
   // (1 + z) ln(1 + z) - z, here in terms that do not cancel where z is small.
   HOST_DEVICE inline T loss(T x) const {
-    const T size = std::fabs(x), inlier = inside(size);
-    const Split<T> z(b_per_beta * inlier);
-    const T rest = z.log_scale + z.rest;
-    const T within = z.scale * (z.f * (z.f + rest) + rest) + (1 - z.scale);
-    return inlier_scale * within + gamma * (size - inlier);
+    const T error = std::fabs(x), inlier = clamp_to_beta(error);
+    const Log1p<T> log1p(b_per_beta * inlier);
+    const T rest = log1p.log_scale + log1p.remainder;
+    const T inlier_loss = log1p.scale * (log1p.f * (log1p.f + rest) + rest) + (1 - log1p.scale);
+    return inlier_scale * inlier_loss + gamma * (error - inlier);
   }
 
-  // Its derivative, equation 6: outliers get alpha ln(1 + b), which is gamma.
-  HOST_DEVICE inline T slope(T x) const {
-    const Split<T> z(b_per_beta * inside(std::fabs(x)));
-    return alpha * std::copysign(z.log_scale + z.f + z.rest, x);
+  // The derivative of the loss, equation 6: outliers get alpha ln(1 + b), which is gamma.
+  HOST_DEVICE inline T derivative(T x) const {
+    const Log1p<T> log1p(b_per_beta * clamp_to_beta(std::fabs(x)));
+    return alpha * std::copysign(log1p.log_scale + log1p.f + log1p.remainder, x);
   }
 
  private:
-  HOST_DEVICE inline T inside(T size) const { return size > beta ? beta : size; }  // NaN stays NaN
+  HOST_DEVICE inline T clamp_to_beta(T error) const { return error > beta ? beta : error; }  // NaN stays NaN
 };
 
 }  // namespace balanced_learning

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kLanes = 64;
 
-// Where a chunk of out is computed: in place, or in buffer if its type is not the one to compute in.
+// Returns where to compute a chunk of out: in place, or in buffer if elements of out have another type.
 template <class T, class C>
 inline C* workspace(T* out, C* buffer) {
   if constexpr (std::is_same_v<T, C>) return out;
@@ -28,7 +28,7 @@ inline void multiply(C* values, const T* factors, int64_t size) {
   for (int64_t i = 0; i < size; ++i) values[i] *= C(factors[i]);
 }
 
-// Sums a chunk; values holds kChunk numbers, of which size are set.
+// Sums the first size of the kChunk values; overwrites the others.
 template <class C>
 inline C sum(C* values, int64_t size) {
   std::fill(values + size, values + kChunk, C(0));
@@ -79,20 +79,21 @@ Tensor balanced_l1_backward(const Tensor& grad, const Tensor& input, const Tenso
                             const std::optional<Tensor>& weight, double alpha, double gamma, double beta,
                             int64_t reduction) {
   const Inputs inputs(input, target, weight);
-  const Tensor dense_grad = inputs.checked_grad(grad, reduction);
+  const Tensor contiguous_grad = inputs.checked_grad(grad, reduction);
   Tensor result = inputs.new_result(kNone);
   dispatch(input, [&](auto type) {
     using T = decltype(type);
     using C = compute_t<T>;
     const Operands<T> in = inputs.operands<T>();
-    const T* grads = static_cast<const T*>(dense_grad.const_data_ptr());
+    const T* grads = static_cast<const T*>(contiguous_grad.const_data_ptr());
     BalancedL1<C> function(alpha, gamma, beta);
-    if (reduction != kNone) function.alpha *= C(C(*grads) / divisor(reduction, in.numel));  // all slopes have it
+    // All derivatives have this factor.
+    if (reduction != kNone) function.alpha *= C(C(*grads) / divisor(reduction, in.numel));
     T* out = static_cast<T*>(result.mutable_data_ptr());
     for_each_chunk(in.numel, [&](int64_t begin, int64_t size) {
       C buffer[kChunk], *values = workspace(out + begin, buffer);
       for (int64_t i = 0; i < size; ++i)
-        values[i] = function.slope(C(in.input[begin + i]) - C(in.target[begin + i]));
+        values[i] = function.derivative(C(in.input[begin + i]) - C(in.target[begin + i]));
       if (in.weight) multiply(values, in.weight + begin, size);
       if (reduction == kNone) multiply(values, grads + begin, size);
       convert(values, size, out + begin);

@@ -14,7 +14,8 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(Operands<T> in, Balanced
   });
 }
 
-// The sum of the losses that each block sees, and then the sum of these.
+// Sums the losses of each block; total_kernel then sums over the blocks. Without atomics, so that a sum always has the
+// same bits.
 template <class T, int size>
 __global__ void __launch_bounds__(kThreads)
     sum_kernel(Operands<T> in, BalancedL1<compute_t<T>> function, compute_t<T>* sums) {
@@ -35,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const compute_t<T>* sum
   if (threadIdx.x == 0) *out = T(compute_t<T>(total / divisor));
 }
 
-// grad is one number, to be divided, or, with divisor 0, one for each element.
+// grad is one number, to be divided by divisor, or, if divisor is 0, one for each element.
 template <class T, int size>
 __global__ void __launch_bounds__(kThreads)
     gradient_kernel(Operands<T> in, BalancedL1<compute_t<T>> function, const T* grad, double divisor, T* out) {
@@ -45,14 +46,14 @@ __global__ void __launch_bounds__(kThreads)
     Pack<T, size> grads = divisor == 0 ? Pack<T, size>::load(grad, i, in.numel) : Pack<T, size>{};
 #pragma unroll
     for (int k = 0; k < size; ++k)
-      grads.values[k] = T((divisor == 0 ? C(grads.values[k]) : factor) * w[k] * function.slope(x[k]));
+      grads.values[k] = T((divisor == 0 ? C(grads.values[k]) : factor) * w[k] * function.derivative(x[k]));
     grads.store(out, i, in.numel);
   });
 }
 
 Tensor balanced_l1(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, double alpha,
                    double gamma, double beta, int64_t reduction) {
-  const Launch launch(input);
+  const LaunchScope scope(input);
   const Inputs inputs(input, target, weight);
   Tensor result = inputs.new_result(reduction);
   dispatch(input, [&](auto type) {
@@ -63,7 +64,7 @@ Tensor balanced_l1(const Tensor& input, const Tensor& target, const std::optiona
     T* out = static_cast<T*>(result.mutable_data_ptr());
     if (reduction == kNone) {
       with_packs<T>(in.numel, {in.input, in.target, in.weight, out}, [&](auto size, int blocks) {
-        loss_kernel<T, size><<<blocks, kThreads, 0, launch.stream>>>(in, function, out);
+        loss_kernel<T, size><<<blocks, kThreads, 0, scope.stream>>>(in, function, out);
       });
     } else {
       const ScalarType sum_type = std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
@@ -71,10 +72,10 @@ Tensor balanced_l1(const Tensor& input, const Tensor& target, const std::optiona
       C* partial = static_cast<C*>(sums.mutable_data_ptr());
       int count = 0;
       with_packs<T>(in.numel, {in.input, in.target, in.weight}, [&](auto size, int blocks) {
-        sum_kernel<T, size><<<blocks, kThreads, 0, launch.stream>>>(in, function, partial);
+        sum_kernel<T, size><<<blocks, kThreads, 0, scope.stream>>>(in, function, partial);
         count = blocks;
       });
-      total_kernel<T><<<1, kThreads, 0, launch.stream>>>(partial, count, divisor(reduction, in.numel), out);
+      total_kernel<T><<<1, kThreads, 0, scope.stream>>>(partial, count, divisor(reduction, in.numel), out);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
   });
@@ -84,20 +85,20 @@ Tensor balanced_l1(const Tensor& input, const Tensor& target, const std::optiona
 Tensor balanced_l1_backward(const Tensor& grad, const Tensor& input, const Tensor& target,
                             const std::optional<Tensor>& weight, double alpha, double gamma, double beta,
                             int64_t reduction) {
-  const Launch launch(input);
+  const LaunchScope scope(input);
   const Inputs inputs(input, target, weight);
-  const Tensor dense_grad = inputs.checked_grad(grad, reduction);
+  const Tensor contiguous_grad = inputs.checked_grad(grad, reduction);
   Tensor result = inputs.new_result(kNone);
   dispatch(input, [&](auto type) {
     using T = decltype(type);
     const Operands<T> in = inputs.operands<T>();
     const BalancedL1<compute_t<T>> function(alpha, gamma, beta);
-    const T* grads = static_cast<const T*>(dense_grad.const_data_ptr());
+    const T* grads = static_cast<const T*>(contiguous_grad.const_data_ptr());
     const double scale = reduction == kNone ? 0 : divisor(reduction, in.numel);
     T* out = static_cast<T*>(result.mutable_data_ptr());
     const void* aligned_grads = reduction == kNone ? grads : nullptr;
     with_packs<T>(in.numel, {in.input, in.target, in.weight, aligned_grads, out}, [&](auto size, int blocks) {
-      gradient_kernel<T, size><<<blocks, kThreads, 0, launch.stream>>>(in, function, grads, scale, out);
+      gradient_kernel<T, size><<<blocks, kThreads, 0, scope.stream>>>(in, function, grads, scale, out);
     });
   });
   return result;
@@ -105,7 +106,8 @@ Tensor balanced_l1_backward(const Tensor& grad, const Tensor& input, const Tenso
 
 }  // namespace
 
-// Why the kernels cannot run on a device, or null; and the CUDA versions of the driver and of these kernels.
+// Returns the error with which the kernels fail on a device, or null; sets the CUDA versions of the driver and of these
+// kernels.
 extern "C" __attribute__((visibility("default"))) const char* balanced_learning_cuda_status(int device, int* driver,
                                                                                             int* runtime) {
   cudaDriverGetVersion(driver);
@@ -116,7 +118,7 @@ extern "C" __attribute__((visibility("default"))) const char* balanced_learning_
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, total_kernel<float>);
   cudaSetDevice(current);
-  cudaGetLastError();  // forgets the error, which is reported here
+  cudaGetLastError();  // clears the error, which the caller reports
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -1,4 +1,4 @@
-// How the CPU kernels go over their elements: in chunks, on several threads, with the widest vectors there are.
+// Loops over the elements of CPU kernels: in chunks, on several threads, with the widest vectors of the processor.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -15,7 +15,7 @@ constexpr int64_t kChunksPerTask = 8;
 
 inline int64_t num_chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
-// Runs body, with all that it calls inlined, as compiled for what the processor has.
+// Calls the version of body that is compiled for this processor, with all that body calls inlined into it.
 #if defined(__x86_64__) && defined(__GNUC__)
 template <class Body>
 [[gnu::flatten, gnu::target("avx2,fma")]] void run_x86_64_v3(const Body& body) {

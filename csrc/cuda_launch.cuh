@@ -1,4 +1,4 @@
-// Where the CUDA kernels are launched.
+// The device and the stream that the CUDA kernels are launched on.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,12 +8,12 @@
 
 namespace balanced_learning {
 
-// The device of a tensor, while this lives, and its current stream.
-struct Launch {
+// Makes the device of a tensor the current one in its scope, and holds that device's current stream.
+struct LaunchScope {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream = nullptr;
 
-  explicit Launch(const torch::stable::Tensor& tensor) : guard(tensor.get_device_index()) {
+  explicit LaunchScope(const torch::stable::Tensor& tensor) : guard(tensor.get_device_index()) {
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(tensor.get_device_index(), reinterpret_cast<void**>(&stream)));
   }

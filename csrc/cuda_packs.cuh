@@ -1,4 +1,4 @@
-// How the CUDA kernels go over their elements, and how a block sums.
+// Loops over the elements of CUDA kernels in aligned packs, and the sum over a block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,14 +14,14 @@
 namespace balanced_learning {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 2048;  // enough to fill a GPU; not read from it, so that all of them give the same sums
+constexpr int64_t kMaxBlocks = 2048;  // enough to fill a GPU; a constant, so that sums have the same bits on every GPU
 
-// Elements that lie together; more than one are accessed as one aligned word.
+// Neighbouring elements that are loaded and stored together, as one aligned word.
 template <class T, int size>
 struct alignas(sizeof(T) * size) Pack {
   T values[size];
 
-  // The elements from i on. Those past the end are 0, which adds nothing to a sum of losses.
+  // Loads the elements from i on. Those past the end are 0, which adds nothing to a sum of losses.
   static __device__ Pack load(const T* data, int64_t i, int64_t numel) {
     if (i + size <= numel) return *reinterpret_cast<const Pack*>(data + i);
     Pack pack{};
@@ -40,7 +40,7 @@ struct alignas(sizeof(T) * size) Pack {
   }
 };
 
-// Calls body(i, x, w) with the errors x and the weights w of the elements from i on, until the grid has seen them all.
+// Calls body(i, x, w) with the errors x and the weights w of the elements from i on; the grid covers all elements.
 template <class T, int size, class Body>
 __device__ void for_each_pack(const Operands<T>& in, const Body& body) {
   using C = compute_t<T>;
@@ -59,15 +59,15 @@ __device__ void for_each_pack(const Operands<T>& in, const Body& body) {
   }
 }
 
-// The sum over the threads of a block, always in the same order; only thread 0 gets it.
+// Sums over the threads of a block, always in the same order; only thread 0 gets the sum.
 template <class C>
 __device__ C block_sum(C value) {
-  __shared__ C warps[kThreads / 32];
+  __shared__ C warp_sums[kThreads / 32];
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(~0u, value, offset);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;
   __syncthreads();
   if (threadIdx.x == 0)
-    for (int warp = 1; warp < kThreads / 32; ++warp) value += warps[warp];
+    for (int warp = 1; warp < kThreads / 32; ++warp) value += warp_sums[warp];
   return value;
 }
 

@@ -1,4 +1,4 @@
-// Marks for functions that are compiled for host and device, or by nvcc for the device alone.
+// Qualifiers of functions that run on host and device, or, where nvcc compiles them, on the device alone.
 #pragma once
 
 #ifdef __CUDACC__

@@ -1,4 +1,4 @@
-// What the CPU and the CUDA op share: checks of the arguments, their pointers and the result.
+// The arguments of balanced L1 on both devices: their checks, their pointers, and the tensor for the result.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -20,24 +20,25 @@ inline double divisor(int64_t reduction, int64_t numel) {
   return reduction == kMean ? double(std::max<int64_t>(numel, 1)) : 1.0;
 }
 
-// Dense tensors of one shape, type and device, as the kernels read them.
+// Contiguous data of one shape, type and device, as the kernels read it.
 template <class T>
 struct Operands {
   const T *input, *target, *weight;  // weight may be null
   int64_t numel;
 };
 
-// Calls body with a zero of the type of the tensor's elements.
+// Calls body with a zero of the tensor's type, whose C++ type it can take with decltype.
 template <class Body>
 void dispatch(const Tensor& tensor, const Body& body) {
   THO_DISPATCH_V2(tensor.scalar_type(), "balanced_l1", AT_WRAP([&] { body(scalar_t(0)); }), AT_FLOATING_TYPES,
                   ScalarType::Half, ScalarType::BFloat16);
 }
 
+// Holds the tensors that Operands points into; makes them contiguous.
 class Inputs {
  public:
   Inputs(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight)
-      : input_(dense(input)), target_(matching(target, "target")) {
+      : input_(contiguous(input)), target_(matching(target, "target")) {
     if (weight) weight_ = matching(*weight, "weight");
   }
 
@@ -50,7 +51,7 @@ class Inputs {
     return reduction == kNone ? torch::stable::new_empty(input_, input_.sizes()) : torch::stable::new_empty(input_, {});
   }
 
-  // The gradient of the result: one for all elements, or one for each.
+  // Checks the gradient of the result, which is one number or, without a reduction, one for each element.
   Tensor checked_grad(const Tensor& grad, int64_t reduction) const {
     if (reduction == kNone) return matching(grad, "grad");
     STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == input_.scalar_type() && grad.device() == input_.device(),
@@ -63,14 +64,14 @@ class Inputs {
   static const T* data(const Tensor& tensor) {
     return static_cast<const T*>(tensor.const_data_ptr());
   }
-  static Tensor dense(const Tensor& tensor) {
+  static Tensor contiguous(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
   }
   Tensor matching(const Tensor& tensor, const char* name) const {
     STD_TORCH_CHECK(tensor.scalar_type() == input_.scalar_type() && tensor.device() == input_.device() &&
                         tensor.sizes().equals(input_.sizes()),
                     name, " must have the shape, the type and the device of input");
-    return dense(tensor);
+    return contiguous(tensor);
   }
 
   Tensor input_, target_;

@@ -1,4 +1,4 @@
-// Random numbers of one image, from torch's generator by way of a seed.
+// Random numbers from a seed that was drawn from torch's generator.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,15 @@
 namespace balanced_learning {
 
 // SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014): number i of a stream
-// needs no other, so that threads need not take turns.
+// is computed from i alone, so that threads draw independently.
 class Random {
  public:
   ON_DEVICE Random(uint64_t seed, uint64_t stream) : start_(mix(mix(seed) + stream)) {}
 
   ON_DEVICE uint64_t at(uint64_t i) const { return mix(start_ + (i + 1) * 0x9e3779b97f4a7c15); }
 
-  // Uniform among 0 .. n - 1, for n > 0, from number next and, rarely, those after it (Lemire: Fast random integer
-  // generation in an interval, 2019).
+  // Draws uniformly from 0 .. n - 1, for n > 0, with number next and, rarely, those after it (Lemire: Fast random
+  // integer generation in an interval, 2019).
   ON_DEVICE uint64_t below(uint64_t n, uint64_t& next) const {
     unsigned __int128 product = static_cast<unsigned __int128>(at(next++)) * n;
     if (uint64_t(product) < n)

@@ -1,4 +1,4 @@
-// What the CPU and the CUDA op share: the images of a batch, their masks, and the memory to work in.
+// The sampling op of both devices: checks the arguments and allocates the masks and the workspace of a batch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,8 +17,8 @@ namespace balanced_learning {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The masks of the positives of all images, then those of the negatives, then whether there is a NaN in each image.
-// Device::run(settings, images, seed) samples them.
+// Returns the masks of the positives of each image, those of the negatives, and one tensor that says for each image
+// whether its IoUs hold a NaN. Device::run(settings, images, seed) launches the kernels.
 template <class Device>
 std::vector<Tensor> iou_balanced_sample(std::vector<Tensor> labels, std::vector<Tensor> ious,
                                         std::vector<Tensor> matched_idxs, Tensor seed, int64_t batch_size,
@@ -37,8 +37,8 @@ std::vector<Tensor> iou_balanced_sample(std::vector<Tensor> labels, std::vector<
   STD_TORCH_CHECK(num_images > 0 && ious.size() == num_images && matched_idxs.size() == num_images,
                   "labels, ious and matched_idxs must have one tensor for each image, and there must be one");
   for (size_t i = 0; i < num_images; ++i) {
-    for (const Tensor* column : {&labels[i], &ious[i], &matched_idxs[i]})
-      STD_TORCH_CHECK(column->numel() == labels[i].numel() && column->device() == seed.device(),
+    for (const Tensor* tensor : {&labels[i], &ious[i], &matched_idxs[i]})
+      STD_TORCH_CHECK(tensor->numel() == labels[i].numel() && tensor->device() == seed.device(),
                       "labels, ious and matched_idxs of an image must be of one size, and on the device of seed");
     STD_TORCH_CHECK(labels[i].scalar_type() == ScalarType::Long && matched_idxs[i].scalar_type() == ScalarType::Long &&
                         seed.scalar_type() == ScalarType::Long && ious[i].scalar_type() == ious[0].scalar_type(),
@@ -46,8 +46,10 @@ std::vector<Tensor> iou_balanced_sample(std::vector<Tensor> labels, std::vector<
   }
   std::vector<Tensor> results;
   int64_t size = 0;
-  for (size_t i = 0; i < 2 * num_images; ++i)
-    results.push_back(torch::stable::new_empty(labels[i % num_images], labels[i % num_images].sizes(), ScalarType::Bool));
+  for (size_t i = 0; i < 2 * num_images; ++i) {
+    const Tensor& image = labels[i % num_images];
+    results.push_back(torch::stable::new_empty(image, image.sizes(), ScalarType::Bool));
+  }
   results.push_back(torch::stable::new_empty(labels[0], {int64_t(num_images)}, ScalarType::Bool));
   for (size_t i = 0; i < num_images; ++i) {
     labels[i] = torch::stable::contiguous(labels[i]);
@@ -56,20 +58,20 @@ std::vector<Tensor> iou_balanced_sample(std::vector<Tensor> labels, std::vector<
     size += labels[i].numel();
   }
   THO_DISPATCH_V2(ious[0].scalar_type(), "iou_balanced_sample", AT_WRAP([&] {
-    const int64_t bytes = size * sizeof(Ticket) + num_images * (num_bins + 1) * sizeof(Part<scalar_t>);
-    const Tensor memory = torch::stable::new_empty(labels[0], {bytes}, ScalarType::Byte);
-    auto* tickets = static_cast<Ticket*>(memory.mutable_data_ptr());
-    auto* parts = reinterpret_cast<Part<scalar_t>*>(tickets + size);
-    std::vector<Image<scalar_t>> images;
+    const int64_t bytes = size * sizeof(Candidate) + num_images * (num_bins + 1) * sizeof(IoUBin<scalar_t>);
+    const Tensor workspace = torch::stable::new_empty(labels[0], {bytes}, ScalarType::Byte);
+    auto* candidates = static_cast<Candidate*>(workspace.mutable_data_ptr());
+    auto* bins = reinterpret_cast<IoUBin<scalar_t>*>(candidates + size);
+    std::vector<ImageBoxes<scalar_t>> images;
     for (size_t i = 0; i < num_images; ++i) {
       images.push_back({labels[i].numel(), static_cast<const int64_t*>(labels[i].const_data_ptr()),
                         static_cast<const scalar_t*>(ious[i].const_data_ptr()),
                         static_cast<const int64_t*>(matched_idxs[i].const_data_ptr()),
                         static_cast<bool*>(results[i].mutable_data_ptr()),
                         static_cast<bool*>(results[num_images + i].mutable_data_ptr()),
-                        static_cast<bool*>(results.back().mutable_data_ptr()) + i, tickets, parts});
-      tickets += labels[i].numel();
-      parts += num_bins + 1;
+                        static_cast<bool*>(results.back().mutable_data_ptr()) + i, candidates, bins});
+      candidates += labels[i].numel();
+      bins += num_bins + 1;
     }
     Device::run(settings, images, seed);
   }), AT_FLOATING_TYPES);

@@ -6,20 +6,20 @@
 namespace balanced_learning {
 namespace {
 
-// Candidates that are worth a thread.
-constexpr int64_t kGrain = 4096;
+// Fewer boxes take less time than a thread takes to start.
+constexpr int64_t kBoxesPerThread = 4096;
 
 struct Cpu {
   template <class T>
-  static void run(const Settings& settings, const std::vector<Image<T>>& images, const Tensor& seed) {
-    const uint64_t number = *static_cast<const int64_t*>(seed.const_data_ptr());
+  static void run(const Settings& settings, const std::vector<ImageBoxes<T>>& images, const Tensor& seed) {
+    const uint64_t seed_value = *static_cast<const int64_t*>(seed.const_data_ptr());
     int64_t size = 1;
-    for (const Image<T>& image : images) size += image.size;
-    const int64_t grain = std::max<int64_t>(1, kGrain * images.size() / size);
+    for (const ImageBoxes<T>& image : images) size += image.size;
+    const int64_t grain = std::max<int64_t>(1, kBoxesPerThread * images.size() / size);
     torch::stable::parallel_for(0, images.size(), grain, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         SerialBlock block;
-        Sampling<T, SerialBlock>(block, settings, images[i], number, i).run();
+        ImageSampler<T, SerialBlock>(block, settings, images[i], seed_value, i).run();
       }
     });
   }

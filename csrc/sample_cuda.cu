@@ -15,18 +15,18 @@ constexpr int kThreads = 1024;
 constexpr size_t kImagesPerLaunch = 48;
 
 template <class T>
-struct Images {
-  Image<T> images[kImagesPerLaunch];
+struct Batch {
+  ImageBoxes<T> images[kImagesPerLaunch];
 };
-static_assert(sizeof(Images<double>) + sizeof(Settings) < 4000, "the arguments of a kernel must fit into 4 KiB");
+static_assert(sizeof(Batch<double>) + sizeof(Settings) < 4000, "the arguments of a kernel must fit into 4 KiB");
 
 class ThreadBlock {
  public:
-  __device__ explicit ThreadBlock(State& state) : state_(state) {
-    once([&] { state_ = State{}; });
+  __device__ explicit ThreadBlock(BlockState& state) : state_(state) {
+    once([&] { state_ = BlockState{}; });
   }
 
-  __device__ State& state() { return state_; }
+  __device__ BlockState& state() { return state_; }
 
   template <class Body>
   __device__ void once(const Body& body) {
@@ -40,42 +40,43 @@ class ThreadBlock {
     __syncthreads();
   }
 
-  // The threads of a warp that count the same thing do so together.
-  __device__ int64_t add(int64_t& counter) {
+  // One atomic for all threads of a warp that increment the same counter.
+  __device__ int64_t fetch_increment(int64_t& counter) {
     const auto peers = cg::labeled_partition(cg::coalesced_threads(), reinterpret_cast<unsigned long long>(&counter));
-    unsigned long long before = 0;
+    unsigned long long old = 0;
     if (peers.thread_rank() == 0)
-      before = atomicAdd(reinterpret_cast<unsigned long long*>(&counter), peers.size());
-    return int64_t(peers.shfl(before, 0)) + peers.thread_rank();
+      old = atomicAdd(reinterpret_cast<unsigned long long*>(&counter), peers.size());
+    return int64_t(peers.shfl(old, 0)) + peers.thread_rank();
   }
 
-  // Of numbers that are not negative, which are ordered as their bits are.
-  __device__ void raise(double& value, double x) {
+  // Numbers that are not negative compare as their bits do, and there is no atomicMax of doubles.
+  __device__ void update_max(double& value, double x) {
     if (x > 0) atomicMax(reinterpret_cast<unsigned long long*>(&value), __double_as_longlong(x));
   }
 
  private:
-  State& state_;
+  BlockState& state_;
 };
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    sample_kernel(Settings settings, Images<T> batch, const int64_t* seed, int64_t first) {
-  __shared__ State state;
+    sample_kernel(Settings settings, Batch<T> batch, const int64_t* seed, int64_t first_image) {
+  __shared__ BlockState state;
   CountingBlock<ThreadBlock> block(state);
-  Sampling<T, CountingBlock<ThreadBlock>>(block, settings, batch.images[blockIdx.x], *seed, first + blockIdx.x).run();
+  const ImageBoxes<T>& boxes = batch.images[blockIdx.x];
+  ImageSampler<T, CountingBlock<ThreadBlock>>(block, settings, boxes, *seed, first_image + blockIdx.x).run();
 }
 
 struct Cuda {
   template <class T>
-  static void run(const Settings& settings, const std::vector<Image<T>>& images, const Tensor& seed) {
-    const Launch launch(seed);
+  static void run(const Settings& settings, const std::vector<ImageBoxes<T>>& images, const Tensor& seed) {
+    const LaunchScope scope(seed);
     for (size_t first = 0; first < images.size(); first += kImagesPerLaunch) {
       const size_t count = std::min(kImagesPerLaunch, images.size() - first);
-      Images<T> batch;
+      Batch<T> batch;
       std::copy_n(images.begin() + first, count, batch.images);
-      sample_kernel<T><<<count, kThreads, 0, launch.stream>>>(settings, batch,
-                                                              static_cast<const int64_t*>(seed.const_data_ptr()), first);
+      const int64_t* seed_value = static_cast<const int64_t*>(seed.const_data_ptr());
+      sample_kernel<T><<<count, kThreads, 0, scope.stream>>>(settings, batch, seed_value, first);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
   }

@@ -1,4 +1,4 @@
-// A block of one thread; see sample.h.
+// A block of one thread, which ranks candidates by sorting. ImageSampler says what a block offers.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@ namespace balanced_learning {
 
 class SerialBlock {
  public:
-  State& state() { return state_; }
+  BlockState& state() { return state_; }
 
   template <class Body>
   void once(const Body& body) {
@@ -22,30 +22,30 @@ class SerialBlock {
   }
 
   template <class GroupOf, class Body>
-  void for_each_turn(Ticket* tickets, int64_t n, const GroupOf& group_of, const Body& body) {
-    std::sort(tickets, tickets + n, [&](const Ticket& a, const Ticket& b) {
+  void for_each_ranked(Candidate* candidates, int64_t n, const GroupOf& group_of, const Body& body) {
+    std::sort(candidates, candidates + n, [&](const Candidate& a, const Candidate& b) {
       return group_of(a) != group_of(b) ? group_of(a) < group_of(b) : a.is_before(b);
     });
     int64_t first = 0;
     for (int64_t i = 0; i < n; ++i) {
-      if (group_of(tickets[i]) != group_of(tickets[first])) first = i;
-      body(tickets[i], i - first);
+      if (group_of(candidates[i]) != group_of(candidates[first])) first = i;
+      body(candidates[i], i - first);
     }
   }
 
   template <class Body>
-  void for_each_drawn(Ticket* tickets, int64_t n, int64_t num, const Body& body) {
-    const auto is_before = [](const Ticket& a, const Ticket& b) { return a.is_before(b); };
-    if (num < n) std::nth_element(tickets, tickets + num, tickets + n, is_before);
-    std::for_each(tickets, tickets + num, body);
+  void for_each_smallest(Candidate* candidates, int64_t n, int64_t num, const Body& body) {
+    const auto is_before = [](const Candidate& a, const Candidate& b) { return a.is_before(b); };
+    if (num < n) std::nth_element(candidates, candidates + num, candidates + n, is_before);
+    std::for_each(candidates, candidates + num, body);
   }
 
-  int64_t add(int64_t& counter) { return counter++; }
+  int64_t fetch_increment(int64_t& counter) { return counter++; }
 
-  void raise(double& value, double x) { value = std::max(value, x); }
+  void update_max(double& value, double x) { value = std::max(value, x); }
 
  private:
-  State state_{};
+  BlockState state_{};
 };
 
 }  // namespace balanced_learning

@@ -1,4 +1,4 @@
-// Samples random images by a block of one thread, as the CPU does, and one of many, as a GPU does; prints how many
+// Samples random images with a block of one thread, as on the CPU, and with one of many, as on a GPU; prints how many
 // images the two sample differently.
 #include <atomic>
 #include <barrier>
@@ -13,19 +13,19 @@
 
 using namespace balanced_learning;
 
-struct Shared {
-  State state{};
+struct SharedState {
+  BlockState state{};
   std::barrier<> barrier;
 
-  explicit Shared(int threads) : barrier(threads) {}
+  explicit SharedState(int threads) : barrier(threads) {}
 };
 
-// As the ThreadBlock of csrc/sample_cuda.cu.
+// Does with threads of the CPU what ThreadBlock in csrc/sample_cuda.cu does with those of a GPU.
 class Threads {
  public:
-  Threads(Shared& shared, int index, int count) : shared(shared), index(index), count(count) {}
+  Threads(SharedState& shared, int index, int count) : shared(shared), index(index), count(count) {}
 
-  State& state() { return shared.state; }
+  BlockState& state() { return shared.state; }
 
   template <class Body>
   void once(const Body& body) {
@@ -39,41 +39,42 @@ class Threads {
     shared.barrier.arrive_and_wait();
   }
 
-  int64_t add(int64_t& counter) { return std::atomic_ref(counter).fetch_add(1); }
+  int64_t fetch_increment(int64_t& counter) { return std::atomic_ref(counter).fetch_add(1); }
 
-  void raise(double& value, double x) {
+  void update_max(double& value, double x) {
     std::atomic_ref shared_value(value);
     for (double old = shared_value; x > old && !shared_value.compare_exchange_weak(old, x);) {
     }
   }
 
  private:
-  Shared& shared;
+  SharedState& shared;
   int index, count;
 };
 
 std::vector<char> sample(Settings settings, const std::vector<int64_t>& labels, const std::vector<float>& ious,
                          const std::vector<int64_t>& matched_idxs, uint64_t seed, int count) {
   const size_t size = labels.size();
-  const std::unique_ptr<bool[]> marks(new bool[2 * size + 1]);
-  std::vector<Ticket> tickets(size);
-  std::vector<Part<float>> parts(settings.num_bins + 1);
-  const Image<float> image{int64_t(size),      labels.data(),         ious.data(),    matched_idxs.data(), marks.get(),
-                           marks.get() + size, marks.get() + 2 * size, tickets.data(), parts.data()};
+  const std::unique_ptr<bool[]> masks(new bool[2 * size + 1]);
+  std::vector<Candidate> candidates(size);
+  std::vector<IoUBin<float>> bins(settings.num_bins + 1);
+  bool *positives = masks.get(), *negatives = positives + size, *has_nan = negatives + size;
+  const ImageBoxes<float> boxes{int64_t(size), labels.data(), ious.data(),       matched_idxs.data(), positives,
+                                negatives,     has_nan,       candidates.data(), bins.data()};
   if (count == 1) {
     SerialBlock block;
-    Sampling<float, SerialBlock>(block, settings, image, seed, 0).run();
+    ImageSampler<float, SerialBlock>(block, settings, boxes, seed, 0).run();
   } else {
-    Shared shared(count);
+    SharedState shared(count);
     std::vector<std::thread> threads;
     for (int i = 0; i < count; ++i)
       threads.emplace_back([&, i] {
         CountingBlock<Threads> block(shared, i, count);
-        Sampling<float, CountingBlock<Threads>>(block, settings, image, seed, 0).run();
+        ImageSampler<float, CountingBlock<Threads>>(block, settings, boxes, seed, 0).run();
       });
     for (std::thread& thread : threads) thread.join();
   }
-  return {marks.get(), marks.get() + 2 * size + 1};
+  return {masks.get(), masks.get() + 2 * size + 1};
 }
 
 int main() {

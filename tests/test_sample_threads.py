@@ -1,4 +1,4 @@
-"""What a GPU does with csrc/sample.h, by threads of the CPU: many give what one gives, and none is in another's way."""
+"""Tests of csrc/sample.h with threads of the CPU in place of a GPU's: they draw what one does, without a data race."""
 
 import shutil
 import subprocess
