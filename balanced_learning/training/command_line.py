@@ -142,9 +142,9 @@ def _check_agreement(chosen: dict[str, Any], checkpoint: Checkpoint) -> None:
 
 def _said(name: str, value: Any) -> str:
     """A setting as one would type it."""
-    if value is None or isinstance(value, bool):
-        return f"{'' if value else 'no '}{flag_of(name)}" if value is None else _as_flag(name, value)[0]
-    return " ".join(_as_flag(name, value if not isinstance(value, tuple) else list(value)))
+    if value is None:
+        return "--weights-backbone none" if name == "weights_backbone" else f"no {flag_of(name)}"
+    return " ".join(_as_flag(name, list(value) if isinstance(value, tuple) else value))
 
 
 def _settled(config: Config) -> Config:

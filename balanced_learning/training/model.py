@@ -3,13 +3,13 @@
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
 from torchvision.models import resnet18
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from balanced_learning.detection import (
@@ -23,7 +23,7 @@ from balanced_learning.training.config import Config
 from balanced_learning.training.errors import UserError
 
 
-def build_model(config: Config, num_classes: int, *, pretrained: bool = True) -> nn.Module:
+def build_model(config: Config, num_classes: int, *, pretrained: bool = True) -> FasterRCNN | RetinaNet:
     """Builds Libra Faster R-CNN or Libra RetinaNet, or what is left of it with parts switched off.
 
     Args:
@@ -35,6 +35,24 @@ def build_model(config: Config, num_classes: int, *, pretrained: bool = True) ->
     Raises:
         UserError: for a backbone or weights that there are not, or that cannot be downloaded.
     """
+    detector = _build(config, num_classes, pretrained)
+    if isinstance(detector, FasterRCNN):
+        _settle_strides(detector.roi_heads.box_roi_pool)
+    return detector
+
+
+def _settle_strides(pool: MultiScaleRoIAlign) -> None:
+    """Lets the pooler see levels P2 to P5 of an image.
+
+    It takes the strides of the levels from the first batch it sees and keeps them, though no checkpoint does; and from
+    small, padded images it takes wrong ones.
+    """
+    size = 256
+    levels = {name: torch.zeros(1, 1, size >> level, size >> level) for level, name in enumerate(pool.featmap_names, 2)}
+    pool(levels, [torch.zeros(0, 4)], [(size, size)])
+
+
+def _build(config: Config, num_classes: int, pretrained: bool) -> FasterRCNN | RetinaNet:
     model = config.model
     is_rcnn = model.model == "libra_fasterrcnn"
     parts: dict[str, Any] = {

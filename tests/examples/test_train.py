@@ -109,10 +109,43 @@ def test_the_learning_rate_scales_with_the_batch_and_says_so(tmp_path, coco_root
     assert "learning rate 0.03, as given" in train(*options, "--lr", 0.03, "--output-dir", tmp_path / "given")
 
 
-def test_loader_processes_serve_the_same_every_time(tmp_path, coco_root, train):
-    for name in ("one", "two"):
-        train("--data-path", coco_root, *SMALL, "-j", 2, "--epochs", 2, "--output-dir", tmp_path / name)
-    assert rows(tmp_path / "one") == rows(tmp_path / "two")
+def test_the_number_of_loader_processes_changes_nothing(tmp_path, coco_root, train):
+    _add_images(coco_root, "train", 4)
+    for workers in (0, 1, 3):
+        options = ["--data-path", coco_root, *SMALL, "-j", workers, "--epochs", 2, "--data-augmentation", "ssd"]
+        train(*options, "--output-dir", tmp_path / str(workers))
+    assert rows(tmp_path / "0") == rows(tmp_path / "1") == rows(tmp_path / "3")
+
+
+def test_a_bare_resume_goes_on_as_the_run_began(tmp_path, coco_root, train):
+    flags = ["--no-sampler", "--lr", 0.003, "--data-augmentation", "ssdlite", "--seed", 5, "--clip-grad-norm", 1]
+    options = ["--data-path", coco_root, *SMALL, *flags]
+    train(*options, "--epochs", 2, "--output-dir", tmp_path / "whole")
+    train(*options, "--output-dir", tmp_path / "parts")
+    train("--resume", tmp_path / "parts" / "checkpoint.pth", "--epochs", 2)
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    weights = [torch.load(tmp_path / name / "checkpoint.pth")["model"] for name in ("whole", "parts")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_test_only_reads_the_sizes_of_the_checkpoint(tmp_path, coco_root, train, error):
+    train("--data-path", coco_root, *SMALL, "--output-dir", tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint.pth"
+    train("--test-only", "--resume", file, "--output-dir", tmp_path / "test")
+    tested = json.loads((tmp_path / "test" / "evaluation_test.json").read_text())
+    assert tested.items() <= rows(tmp_path / "run")[0].items()
+    message = error("--test-only", "--resume", file, "--min-size", 800)
+    assert message.startswith(f"error: --min-size 800: {file} was made with --min-size 64")
+    train("--test-only", "--resume", file, "--lr", 0.5, "--seed", 7)  # of no meaning here
+
+
+def test_the_best_checkpoint_is_kept(tmp_path, coco_root, train, monkeypatch):
+    scores = iter([0.2, 0.5, 0.5, 0.3])
+    monkeypatch.setattr(train_torchvision_libra, "coco_metrics", lambda *_: {"AP": next(scores)})
+    train("--data-path", coco_root, *SMALL, "--epochs", 3, "--output-dir", tmp_path)
+    train("--resume", tmp_path / "checkpoint.pth", "--epochs", 4)
+    epochs = [torch.load(tmp_path / name)["epoch"] for name in ("checkpoint.pth", "checkpoint_best.pth")]
+    assert epochs == [3, 1]
 
 
 def test_two_processes_evaluate_an_odd_number_of_images_once_each(tmp_path, coco_root, train):

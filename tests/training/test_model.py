@@ -7,6 +7,14 @@ from balanced_learning.training.model import build_model
 from tests.small import config_of
 
 
+@pytest.mark.parametrize("size", [(40, 33), (128, 96)])
+def test_strides_do_not_depend_on_the_first_images(size):
+    """Torchvision's pooler would take 1/2 for 1/4 from an image of 33 pixels that is padded to 64."""
+    detector = build_model(config_of("--data-path", "-", "--small", "--min-size", 33, "--max-size", 200), 3).eval()
+    detector([torch.rand(3, *size)])
+    assert detector.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["libra_fasterrcnn", "libra_retinanet"])
 def test_four_real_images_are_learned_by_heart(real_data, model):

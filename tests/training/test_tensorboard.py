@@ -3,6 +3,8 @@ import torch
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 from balanced_learning import IoUBalancedSampler
+from balanced_learning.detection.matching import Matches
+from balanced_learning.detection.stages import taking_labels
 from balanced_learning.training.reporting.tensorboard import ObservedSampler
 from examples.train_torchvision_libra import main
 from tests.small import SMALL
@@ -11,18 +13,26 @@ LABELS, IOUS = torch.tensor([1, 0, 0, 0, -1]), torch.tensor([0.9, 0.1, 0.2, 0.4,
 
 
 @pytest.mark.parametrize("sampler", [IoUBalancedSampler(4, 0.5), BalancedPositiveNegativeSampler(4, 0.5)])
-def test_a_watched_sampler_draws_as_before_and_remembers(sampler):
-    watched = ObservedSampler(sampler)
-    positives, negatives = watched([LABELS], [IOUS], [torch.zeros(5, dtype=torch.int64)])
+def test_an_observed_sampler_draws_as_before_and_is_remembered(sampler):
+    observed = ObservedSampler(taking_labels(sampler))
+    positives, negatives = observed(Matches([LABELS], [IOUS], [torch.zeros_like(LABELS)], [torch.zeros(5, 4)]))
     assert positives[0].tolist() == [1, 0, 0, 0, 0]
     assert negatives[0].tolist() == [0, 1, 1, 1, 0]
-    assert watched.sampled_ious().tolist() == pytest.approx([0.1, 0.2, 0.4])
+    assert observed.sampled_ious().tolist() == pytest.approx([0.1, 0.2, 0.4])
 
 
-def test_torchvisions_own_stage_gives_no_iou():
-    watched = ObservedSampler(BalancedPositiveNegativeSampler(4, 0.5))
-    assert watched([LABELS])[1][0].sum() == 3
-    assert watched.last == []
+def test_labels_of_torchvisions_own_stage_have_no_iou():
+    observed = ObservedSampler(BalancedPositiveNegativeSampler(4, 0.5))
+    assert observed([LABELS])[1][0].sum() == 3
+    assert observed.last == []
+
+
+@pytest.mark.parametrize("options", [[], ["--no-sampler"], ["--no-sampler", "--no-box-loss"], ["--rpn"]])
+def test_observing_changes_nothing(coco_root, tmp_path, options):
+    for name, flags in (("plain", []), ("observed", ["--tensorboard"])):
+        main(["--data-path", str(coco_root), *SMALL, *options, *flags, "--output-dir", str(tmp_path / name)])
+    plain, observed = (torch.load(tmp_path / name / "checkpoint.pth") for name in ("plain", "observed"))
+    assert all(torch.equal(value, observed["model"][name]) for name, value in plain["model"].items())
 
 
 @pytest.mark.parametrize("options", [[], ["--no-sampler"], ["--no-sampler", "--no-box-loss"]])

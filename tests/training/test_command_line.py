@@ -1,0 +1,158 @@
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+
+from balanced_learning.training.checkpoint import save
+from balanced_learning.training.command_line import lr_note, make_parser, read_command_line, read_recipe
+from balanced_learning.training.config import Config, settings
+from balanced_learning.training.data.labels import Labels
+from balanced_learning.training.errors import UserError
+from tests.small import config_of
+
+# The flags of torchvision's reference script and of this library's first version, which keep their names.
+FLAGS = """
+--data-path --dataset --data-augmentation --keep-empty --limit -j --workers --aspect-ratio-group-factor --model
+--backbone --sampler --no-sampler --pyramid --no-pyramid --path-aggregation --box-loss --no-box-loss --rpn
+--small --no-small --weights --weights-backbone --trainable-backbone-layers --rpn-score-thresh --min-size
+--max-size --sync-bn -b --batch-size --epochs --opt --lr --momentum --wd --weight-decay --norm-weight-decay
+--lr-scheduler --lr-steps --lr-gamma --warmup-iters --warmup-factor --clip-grad-norm --amp --seed
+--use-deterministic-algorithms --device --output-dir --resume --start-epoch --start_epoch --test-only
+--print-freq --tensorboard --coco-backend --dist-url
+"""
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_flags_keep_their_names():
+    assert set(FLAGS.split()) <= make_parser()._option_string_actions.keys()
+
+
+def test_the_defaults_are_the_papers_schedule_on_coco():
+    config = config_of("--data-path", "coco")
+    training = config.training
+    assert (training.epochs, training.lr, training.lr_steps, training.opt) == (12, 0.0025, (8, 11), "sgd")
+    assert (config.model.min_size, config.model.max_size, config.model.backbone) == (800, 1333, "resnet50")
+    assert config_of("--data-path", "coco", "--model", "libra_retinanet", "-b", 16).training.lr == 0.01
+
+
+def test_values_are_converted():
+    flags = ["--lr-steps", 3, 5, "--weights-backbone", "none", "--amp", "--wd", "0.1", "--keep-empty"]
+    config = config_of("--data-path", "coco", *flags)
+    assert (config.training.lr_steps, config.model.weights_backbone) == ((3, 5), None)
+    assert (config.training.amp, config.training.weight_decay, config.data.keep_empty) == ("fp16", 0.1, True)
+    assert config_of("--data-path", "coco", "--lr-steps").training.lr_steps == ()
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        config_of("--data-path", "coco").training.lr = 1.0
+
+
+def test_without_data_the_recipe_is_shapes_and_flags_go_before_it():
+    config = config_of("--epochs", 2)
+    assert (config.model.small, config.model.min_size, config.training.opt) == (True, 128, "adamw")
+    assert config.training.epochs == 2
+    assert config_of("--recipe", "shapes", "--data-path", "x", "--no-small").model.small is False
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text('[training]\nlr_steps = [1, 2]\nepochs = 3\n[model]\nsampler = false\nweights_backbone = "none"\n')
+    assert read_recipe(str(file)) == {"lr_steps": (1, 2), "epochs": 3, "sampler": False, "weights_backbone": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[training]\nlearning_rate = 1", r"\[training\] has no setting 'learning_rate'"),
+        ("[optimizer]\nlr = 1", "'optimizer' is none of its tables, data, model, training, run"),
+        ("epochs = 1", "'epochs' is none of its tables"),
+        ("[training]\nepochs = 0", "--epochs: must be at least 1, got 0"),
+        ("[training]\nopt = 'magic'", "--opt: invalid choice"),
+        ("[training]\namp = true", "--amp: invalid choice"),
+        ("not toml", "cannot be read"),
+    ],
+)
+def test_a_wrong_recipe_is_told_by_name(tmp_path, text, message):
+    file = tmp_path / "own.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=rf"--recipe .*own\.toml: .*{message}"):
+        read_recipe(str(file))
+
+
+def test_an_unknown_recipe_tells_those_there_are():
+    with pytest.raises(UserError, match="--recipe magic: no such file, and the library's are shapes"):
+        read_recipe("magic")
+
+
+def test_the_learning_rate_scales_with_the_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    config = config_of("--data-path", "coco")
+    assert config.training.lr == pytest.approx(0.02)
+    assert "scaled linearly to 16" in lr_note(config)
+
+
+def test_a_new_run_gets_a_new_folder_whatever_the_data_is_called(tmp_path):
+    flags = ["--data-path", "plates [v2]"]
+    first, same = (config_of(*flags).run.output_dir for _ in range(2))
+    assert first == same
+    first.mkdir(parents=True)
+    assert config_of(*flags).run.output_dir.name == f"{first.name}-2"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint with another value than the default for each setting that has choices or is a number."""
+    values = {"min_size": 64, "backbone": "resnet18", "lr": 0.03, "lr_scheduler": "cosineannealinglr", "epochs": 6}
+    config = Config.of({**values, "device": "cuda", "output_dir": tmp_path / "elsewhere", "test_only": True})
+    labels = Labels({1: "thing"}, {1: 1}, 2)
+    save(tmp_path / "checkpoint.pth", {}, config=config, labels=labels, epoch=0, iterations=1)
+    content = torch.load(tmp_path / "checkpoint.pth")
+    torch.save(content | {"model": {}}, tmp_path / "checkpoint.pth")
+    return tmp_path / "checkpoint.pth"
+
+
+def test_a_checkpoint_brings_its_settings(checkpoint):
+    config = config_of("--resume", checkpoint, "-j", 7)
+    assert (config.model.min_size, config.model.backbone, config.training.lr) == (64, "resnet18", 0.03)
+    assert (config.data.workers, config.run.output_dir, config.run.test_only) == (7, checkpoint.parent, False)
+
+
+OTHER = {
+    "model": ["libra_retinanet"],
+    "backbone": ["resnet50"],
+    "data_augmentation": ["ssd"],
+    "opt": ["adamw"],
+    "lr_scheduler": ["multisteplr"],
+    "weights": ["DEFAULT"],
+    "weights_backbone": ["none"],
+    "amp": ["bf16"],
+    "lr_steps": ["1"],
+    "trainable_backbone_layers": ["1"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, setting in settings().items() if setting.metadata["binds"] != "free" or name == "epochs"]
+)
+def test_each_setting_that_binds_is_refused_by_its_flag(checkpoint, name):
+    default = settings()[name].default
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(default, bool):
+        words = [flag if not default else flag.replace("--", "--no-")]
+    else:
+        words = [flag, *OTHER.get(name, ["17"])]
+    given = make_parser().parse_args(["--resume", str(checkpoint), *words])
+    with pytest.raises(UserError, match=f"^{words[0]}.*checkpoint.pth was made with .*{flag[2:]}"):
+        read_command_line(given)
+    if settings()[name].metadata["binds"] != "model":
+        given.test_only = True
+        read_command_line(given)
+
+
+def test_repeating_what_a_checkpoint_says_is_no_contradiction(checkpoint):
+    assert config_of("--resume", checkpoint, "--min-size", 64, "--lr", 0.03, "--epochs", 6).training.epochs == 6
