@@ -147,13 +147,11 @@ def test_an_iou_balanced_sampler_in_a_stage_is_the_same_as_before():
     assert dataclasses.replace(held, num_bins=5) == IoUBalancedSampler(8, num_bins=5)
     for copied in (copy.deepcopy(held), pickle.loads(pickle.dumps(held))):  # noqa: S301
         assert copied == held
-    lists = [torch.tensor([0, 1])], [torch.tensor([0.1, 0.9])], [torch.tensor([0, 0])]
-    assert (
-        held(*lists)[0][0].tolist()
-        == held(**dict(zip(("labels", "ious", "matched_idxs"), lists, strict=True)))[0][0].tolist()
-    )
+    lists = {"labels": [torch.tensor([0, 1])], "ious": [torch.rand(2)], "matched_idxs": [torch.tensor([0, 0])]}
+    for masks in (held(*lists.values()), held(**lists)):
+        assert [image.tolist() for (image,) in masks] == [[False, True], [True, False]]
     with pytest.raises(ValueError, match="ious must have one tensor for each of the 1 images, got 0"):
-        held(lists[0])
+        held(lists["labels"])
 
 
 # Targets
@@ -234,6 +232,23 @@ def test_roi_heads_alone_refuse_a_bad_target_as_torchvision(spoil, training, num
         outcomes.append(outcome(lambda heads=heads: heads({}, boxes, [(96, 128)] * num_images, spoiled)))
     assert isinstance(outcomes[0][0], type)  # an error: if not for the target, then for the lack of a predictor
     assert outcomes[1] == outcomes[0]
+
+
+def test_an_image_without_objects_has_no_box_loss(kind, build):
+    """Its target as torchvision's own tests have it: labels and keypoints of other shapes than [0] and [0, 17, 3]."""
+    target = {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(1, 1, dtype=torch.int64),
+        "masks": torch.zeros(0, 100, 100, dtype=torch.uint8),
+        "keypoints": torch.zeros(17, 0, 3),
+    }
+    model = apply_libra(build(kind), rpn=kind != "retinanet").train()
+    losses = model([torch.rand(3, 100, 100)], [target])
+    without_positives = {"loss_box_reg", "loss_rpn_box_reg", "loss_mask", "loss_keypoint", "bbox_regression"}
+    assert {name: loss.item() for name, loss in losses.items() if name in without_positives} == dict.fromkeys(
+        without_positives & set(losses), 0
+    )
+    assert all(loss.isfinite() for loss in losses.values())
 
 
 # Matchers
