@@ -26,6 +26,6 @@ class Neck(nn.Module):
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(
-            f"torch.jit.script does not take {type(self).__name__}: use torch.jit.trace, torch.export or torch.onnx, or "
-            "leave it out by apply_libra(model, pyramid=False, path_aggregation=False)"
+            f"torch.jit.script does not take {type(self).__name__}: use torch.jit.trace, torch.export or torch.onnx, "
+            "or leave it out by apply_libra(model, pyramid=False, path_aggregation=False)"
         )

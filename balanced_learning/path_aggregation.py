@@ -16,8 +16,8 @@ class PathAggregation(Neck):
         S_1 = P_1, \quad S_{l+1} = P_{l+1} + \text{down}_l(S_l), \qquad N_1 = S_1, \quad N_{l+1} = \text{out}_l(S_{l+1})
 
     where down is a 3 x 3 convolution of stride 2, and out one of stride 1. This is mmdetection's form: the reference
-    has a ReLU after each convolution, and its down reads :math:`N_l`. With a :class:`~balanced_learning.BalancedFeaturePyramid` behind it,
-    it is the Balanced PAFPN of table 5 of Libra R-CNN.
+    has a ReLU after each convolution, and its down reads :math:`N_l`. Before a
+    :class:`~balanced_learning.BalancedFeaturePyramid`, it is the Balanced PAFPN of table 5 of Libra R-CNN.
 
     Args:
         in_channels (int): channels of every map.

@@ -19,7 +19,8 @@ def resize(x: Tensor, size: Size, halvings: int) -> Tensor:
     if all(_is_known(old == step * new) for old, new in zip(x.shape[-2:], size, strict=True)):
         return F.max_pool2d(x, step)  # the same windows, faster
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return _maxima(_maxima(x, 2, size[0], step), 3, size[1], step)
+        rows, columns = (_windows(x, dim, size[dim - 2], step) for dim in (2, 3))
+        return x[:, :, rows].max(3).values[..., columns].max(4).values
     return F.adaptive_max_pool2d(x, list(size))
 
 
@@ -28,8 +29,8 @@ def _is_known(condition: bool | torch.SymBool | Tensor) -> bool:
     return isinstance(condition, bool) and condition
 
 
-def _maxima(x: Tensor, dim: int, size: int, step: int) -> Tensor:
-    """Adaptive max pooling along one dimension, of operations that can be exported whatever its size.
+def _windows(x: Tensor, dim: int, size: int, step: int) -> Tensor:
+    """The positions that adaptive pooling takes maxima of, along one dimension: int64 [size, step + 1].
 
     The length of a window would not be constant; so all have the longest, and end by repeating their last position.
     """
@@ -41,5 +42,4 @@ def _maxima(x: Tensor, dim: int, size: int, step: int) -> Tensor:
     window = torch.arange(size, device=x.device)
     first, last = window * length // size, ((window + 1) * length - 1) // size
     positions = torch.arange(step + 1, device=x.device) + first[:, None]
-    positions = torch.minimum(positions, last[:, None])  # [size, step + 1]
-    return x.index_select(dim, positions.flatten()).unflatten(dim, (size, step + 1)).max(dim + 1).values
+    return torch.minimum(positions, last[:, None])

@@ -31,16 +31,16 @@ class LibraBackboneWithFPN(BackboneWithFPN):
     """
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        x = self.body(x)
+        features = self.body(x)
         if not hasattr(self, "path_aggregation"):
-            x = self.fpn(x)
+            features = self.fpn(features)
         elif type(self.fpn) is FeaturePyramidNetwork:
             raise RuntimeError(_REPLACED)
         else:
-            x = self.fpn(x, path_aggregation=self.path_aggregation)
+            features = self.fpn(features, path_aggregation=self.path_aggregation)
         if hasattr(self, "bfp"):
-            x = self.bfp(x)
-        return x
+            features = self.bfp(features)
+        return features
 
 
 class PathAggregationFPN(FeaturePyramidNetwork):
@@ -68,7 +68,8 @@ def add_necks(model: FasterRCNN | RetinaNet, path: bool | nn.Module, pyramid: bo
     """Adds the path behind the levels of the FPN and the pyramid behind the backbone, those that are not False."""
     if path is False and pyramid is False:
         return
-    backbone, fpn = model.backbone, getattr(model.backbone, "fpn", None)
+    backbone = model.backbone
+    fpn: Any = getattr(backbone, "fpn", None)
     is_stock = type(backbone) is BackboneWithFPN and (path is False or type(fpn) is FeaturePyramidNetwork)
     if is_stock:
         backbone.__class__ = LibraBackboneWithFPN
@@ -90,7 +91,8 @@ def add_necks(model: FasterRCNN | RetinaNet, path: bool | nn.Module, pyramid: bo
 
 
 def _hook_path(backbone: nn.Module) -> None:
-    hooked = fpn = backbone.get_submodule("fpn")
+    fpn: Any = backbone.get_submodule("fpn")
+    hooked = fpn
     if fpn.extra_blocks is None:
         fpn.register_forward_hook(partial(_after_fpn, backbone))
     else:
@@ -134,7 +136,7 @@ def _refine_level(model: FasterRCNN | RetinaNet) -> int:
     num_levels = _num_levels(model)
     if num_levels != 5:
         return num_levels // 2
-    fpn = getattr(model.backbone, "fpn", None)
+    fpn: Any = getattr(model.backbone, "fpn", None)
     is_known = isinstance(fpn, FeaturePyramidNetwork)
     finest_is_p3 = len(fpn.inner_blocks) == 3 if is_known else isinstance(model, RetinaNet)
     return 1 if finest_is_p3 else 2
