@@ -2,7 +2,8 @@
 
 from ._backend import backend_info, use_kernels
 from .losses import BalancedL1Loss, balanced_l1_loss
-from .pyramid import BalancedFeaturePyramid, PathAggregation
+from .path_aggregation import PathAggregation
+from .pyramid import BalancedFeaturePyramid
 from .samplers import IoUBalancedSampler
 
 __all__ = [

@@ -18,25 +18,28 @@ def resize(x: Tensor, size: Size, halvings: int) -> Tensor:
     step = 2**halvings
     if all(_is_known(old == step * new) for old, new in zip(x.shape[-2:], size, strict=True)):
         return F.max_pool2d(x, step)  # the same windows, faster
-    if torch.compiler.is_exporting():
-        return _maxima(_maxima(x, 2, size[0], step), 3, size[1], step)
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        rows, columns = (_windows(x, dim, size[dim - 2], step) for dim in (2, 3))
+        return x[:, :, rows].max(3).values[..., columns].max(4).values
     return F.adaptive_max_pool2d(x, list(size))
 
 
-def _is_known(condition: bool | torch.SymBool) -> bool:
-    """Whether it holds; what an export leaves open counts as no."""
+def _is_known(condition: bool | torch.SymBool | Tensor) -> bool:
+    """Whether it holds; what an export or a trace leaves open counts as no."""
     return isinstance(condition, bool) and condition
 
 
-def _maxima(x: Tensor, dim: int, size: int, step: int) -> Tensor:
-    """Adaptive max pooling along one dimension, of operations that can be exported whatever its size.
+def _windows(x: Tensor, dim: int, size: int, step: int) -> Tensor:
+    """The positions that adaptive pooling takes maxima of, along one dimension: int64 [size, step + 1].
 
     The length of a window would not be constant; so all have the longest, and end by repeating their last position.
     """
     length = x.shape[dim]
-    torch._check(length <= step * size, lambda: "an export needs levels that halve, rounding up")
+    halves = length <= step * size
+    if isinstance(halves, Tensor):  # of the example that torch.jit traces
+        halves = bool(halves)
+    torch._check(halves, lambda: "an export needs levels that halve, rounding up")
     window = torch.arange(size, device=x.device)
     first, last = window * length // size, ((window + 1) * length - 1) // size
     positions = torch.arange(step + 1, device=x.device) + first[:, None]
-    positions = torch.minimum(positions, last[:, None])  # [size, step + 1]
-    return x.index_select(dim, positions.flatten()).unflatten(dim, (size, step + 1)).max(dim + 1).values
+    return torch.minimum(positions, last[:, None])

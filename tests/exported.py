@@ -12,7 +12,9 @@ def assert_survives_export(module: nn.Module, inputs: list[Any], dynamic_shapes:
     """Exported with the first input, it gives the same for all of them, in PyTorch and in ONNX Runtime, and learns."""
     program = torch.export.export(module, (inputs[0],), dynamic_shapes=dynamic_shapes)
     exported = program.module()
-    assert_close(gradients(exported, inputs[0]), gradients(module, inputs[0]))
+    for found, wanted in zip(gradients(exported, inputs[0]), gradients(module, inputs[0]), strict=True):
+        # Gradients of a whole backbone are sums of large terms: each is right to a share of its largest value.
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * max(1, wanted.abs().max().item()))
     expected = []
     for each in inputs:
         with torch.no_grad():

@@ -10,9 +10,10 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from ..losses import BalancedL1Loss
-from ..pyramid import BalancedFeaturePyramid, PathAggregation
+from ..path_aggregation import PathAggregation
+from ..pyramid import BalancedFeaturePyramid
 from ..samplers import IoUBalancedSampler
-from .necks import add_path, add_pyramid, check_path, check_pyramid
+from .necks import add_necks, check_path, check_pyramid
 from .retinanet import LibraRetinaNetRegressionHead
 from .roi_heads import LibraRoIHeads
 from .rpn import LibraRPN
@@ -82,10 +83,7 @@ def apply_libra(
         )
     """
     _check(model, sampler, pyramid, box_loss, rpn, path_aggregation)
-    if path_aggregation is not False:
-        add_path(model, path_aggregation)
-    if pyramid is not False:
-        add_pyramid(model, pyramid)
+    add_necks(model, path_aggregation, pyramid)
     if isinstance(model, RetinaNet):
         if box_loss is not False:
             head = _as(LibraRetinaNetRegressionHead, model.head.regression_head)

@@ -1,29 +1,109 @@
-"""What hangs a bottom-up path and a balanced pyramid on the backbone of a detector.
+"""A bottom-up path and a balanced pyramid in the backbone of a detector.
 
-With hooks, because a module around the backbone, or around a part of it, would rename the keys inside.
+A module around the backbone, or around a part of it, would rename the keys inside; so torchvision's own get a subclass
+of their class, whose ``forward`` runs the necks. Backbones of other classes keep theirs, and get hooks.
 """
 
+from collections import OrderedDict
 from functools import partial
-from typing import Any, Literal
+from itertools import chain
+from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FeaturePyramidNetwork
 
-from ..pyramid import BalancedFeaturePyramid, PathAggregation
+from ..path_aggregation import PathAggregation
+from ..pyramid import BalancedFeaturePyramid
+
+_REPLACED = "backbone.fpn was replaced after apply_libra by one without backbone.path_aggregation: replace it before"
 
 
-def add_path(model: FasterRCNN | RetinaNet, path: Literal[True] | nn.Module) -> None:
-    """Adds the path behind the levels of the FPN, before extra blocks make more of them."""
+class LibraBackboneWithFPN(BackboneWithFPN):
+    """:class:`torchvision.models.detection.backbone_utils.BackboneWithFPN` with necks behind its FPN.
+
+    Attributes:
+        path_aggregation (nn.Module): where there is one, the levels of ``fpn`` go through it before coarser ones are
+            made of them.
+        bfp (nn.Module): where there is one, all levels go through it.
+    """
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.body(x)
+        if not hasattr(self, "path_aggregation"):
+            features = self.fpn(features)
+        elif type(self.fpn) is FeaturePyramidNetwork:
+            raise RuntimeError(_REPLACED)
+        else:
+            features = self.fpn(features, path_aggregation=self.path_aggregation)
+        if hasattr(self, "bfp"):
+            features = self.bfp(features)
+        return features
+
+
+class PathAggregationFPN(FeaturePyramidNetwork):
+    """:class:`torchvision.ops.FeaturePyramidNetwork` that takes a bottom-up path for its levels.
+
+    The path is an argument, not a part: its weights have the keys ``backbone.path_aggregation.*``. torch.fx hands it
+    over as an attribute of the backbone.
+    """
+
+    def forward(self, x: dict[str, Tensor], path_aggregation: nn.Module | None = None) -> dict[str, Tensor]:
+        if path_aggregation is None:
+            return super().forward(x)
+        names, maps = list(x), list(x.values())
+        sums = [block(level) for block, level in zip(self.inner_blocks, maps, strict=True)]
+        for i in reversed(range(len(sums) - 1)):
+            sums[i] = sums[i] + F.interpolate(sums[i + 1], size=sums[i].shape[-2:], mode="nearest")
+        levels = path_aggregation([block(level) for block, level in zip(self.layer_blocks, sums, strict=True)])
+        levels = [levels[i] for i in range(len(names))]  # torch.fx cannot iterate over what the path returns
+        if self.extra_blocks is not None:
+            levels, names = self.extra_blocks(levels, maps, names)
+        return OrderedDict(zip(names, levels, strict=True))
+
+
+def add_necks(model: FasterRCNN | RetinaNet, path: bool | nn.Module, pyramid: bool | nn.Module) -> None:
+    """Adds the path behind the levels of the FPN and the pyramid behind the backbone, those that are not False."""
+    if path is False and pyramid is False:
+        return
     backbone = model.backbone
-    fpn = backbone.fpn
-    if path is True:
-        path = _matching(backbone, PathAggregation(backbone.out_channels, len(fpn.inner_blocks)))
-    backbone.path_aggregation = path
+    fpn: Any = getattr(backbone, "fpn", None)
+    is_stock = type(backbone) is BackboneWithFPN and (path is False or type(fpn) is FeaturePyramidNetwork)
+    if is_stock:
+        backbone.__class__ = LibraBackboneWithFPN
+    if path is not False:
+        if path is True:
+            path = _matching(model, PathAggregation(backbone.out_channels, len(fpn.inner_blocks)))
+        backbone.path_aggregation = path
+        if is_stock:
+            fpn.__class__ = PathAggregationFPN
+        else:
+            _hook_path(backbone)
+    if pyramid is not False:
+        if pyramid is True:
+            refine_level = _refine_level(model)
+            pyramid = _matching(model, BalancedFeaturePyramid(backbone.out_channels, refine_level=refine_level))
+        backbone.bfp = pyramid
+        if not is_stock:
+            backbone.register_forward_hook(_after_backbone)
+
+
+def _hook_path(backbone: nn.Module) -> None:
+    fpn: Any = backbone.get_submodule("fpn")
+    hooked = fpn
     if fpn.extra_blocks is None:
         fpn.register_forward_hook(partial(_after_fpn, backbone))
     else:
-        fpn.extra_blocks.register_forward_pre_hook(partial(_before_extra_blocks, backbone))
+        hooked = fpn.extra_blocks
+        hooked.register_forward_pre_hook(partial(_before_extra_blocks, backbone))
+    backbone.register_forward_pre_hook(partial(_before_backbone, hooked))
+
+
+def _before_backbone(hooked: nn.Module, backbone: nn.Module, _: tuple) -> None:
+    if all(module is not hooked for module in backbone.get_submodule("fpn").modules()):
+        raise RuntimeError(_REPLACED)
 
 
 def _after_fpn(backbone: nn.Module, fpn: nn.Module, _: tuple, features: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -35,22 +115,15 @@ def _before_extra_blocks(backbone: nn.Module, extra_blocks: nn.Module, args: tup
     return list(backbone.get_submodule("path_aggregation")(levels)), *others
 
 
-def add_pyramid(model: FasterRCNN | RetinaNet, pyramid: Literal[True] | nn.Module) -> None:
-    """Adds the pyramid behind the backbone."""
-    backbone = model.backbone
-    if pyramid is True:
-        pyramid = _matching(backbone, BalancedFeaturePyramid(backbone.out_channels, refine_level=_refine_level(model)))
-    backbone.bfp = pyramid
-    backbone.register_forward_hook(_after_backbone)
-
-
 def _after_backbone(backbone: nn.Module, _: tuple, features: dict[str, Tensor]) -> dict[str, Tensor]:
     return backbone.get_submodule("bfp")(features)
 
 
-def _matching(backbone: nn.Module, neck: nn.Module) -> nn.Module:
-    """The neck with the type, device and mode of the backbone."""
-    return neck.to(next(backbone.parameters())).train(backbone.training)
+def _matching(model: FasterRCNN | RetinaNet, neck: nn.Module) -> nn.Module:
+    """The neck with the type, device and mode of the backbone or, if that has no weights, of the model."""
+    tensors = chain(model.backbone.parameters(), model.backbone.buffers(), model.parameters())
+    example = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+    return (neck if example is None else neck.to(example)).train(model.backbone.training)
 
 
 def _num_levels(model: FasterRCNN | RetinaNet) -> int:
@@ -63,13 +136,14 @@ def _refine_level(model: FasterRCNN | RetinaNet) -> int:
     num_levels = _num_levels(model)
     if num_levels != 5:
         return num_levels // 2
-    fpn = getattr(model.backbone, "fpn", None)
-    finest_is_p3 = len(fpn.inner_blocks) == 3 if fpn is not None else isinstance(model, RetinaNet)
+    fpn: Any = getattr(model.backbone, "fpn", None)
+    is_known = isinstance(fpn, FeaturePyramidNetwork)
+    finest_is_p3 = len(fpn.inner_blocks) == 3 if is_known else isinstance(model, RetinaNet)
     return 1 if finest_is_p3 else 2
 
 
-def check_path(model: FasterRCNN | RetinaNet, path: Literal[True] | nn.Module) -> None:
-    """Whether the path fits the model."""
+def check_path(model: FasterRCNN | RetinaNet, path: bool | nn.Module) -> None:
+    """Raises a ValueError unless the path fits the model."""
     fpn = getattr(model.backbone, "fpn", None)
     if not isinstance(fpn, FeaturePyramidNetwork) or len(fpn.inner_blocks) < 2:
         raise ValueError(
@@ -85,8 +159,8 @@ def check_path(model: FasterRCNN | RetinaNet, path: Literal[True] | nn.Module) -
         _check_channels(model, path, "path_aggregation")
 
 
-def check_pyramid(model: FasterRCNN | RetinaNet, pyramid: Literal[True] | nn.Module) -> None:
-    """Whether the pyramid fits the model."""
+def check_pyramid(model: FasterRCNN | RetinaNet, pyramid: bool | nn.Module) -> None:
+    """Raises a ValueError unless the pyramid fits the model."""
     num_levels = _num_levels(model)
     if num_levels < 2:
         raise ValueError("pyramid must be False for a model whose backbone has a single level")
