@@ -1,5 +1,6 @@
 """The maps of a pyramid, in the list, tuple or dict that a detector keeps them in."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import NoReturn, TypeVar
 
@@ -17,8 +18,10 @@ def levels_of(features: Features) -> list[Tensor]:
 
 def like(features: Features, levels: list[Tensor]) -> Features:
     """The levels in a container like that of the features, with the same keys."""
-    rebuild: Callable = type(features)
-    return rebuild(zip(features, levels, strict=True) if isinstance(features, Mapping) else levels)
+    kind: Callable = type(features)
+    if kind is OrderedDict:  # which torch.compile knows by its name alone
+        kind = OrderedDict
+    return kind(zip(features, levels, strict=True) if isinstance(features, Mapping) else levels)
 
 
 class Neck(nn.Module):

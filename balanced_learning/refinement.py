@@ -1,4 +1,4 @@
-"""What a balanced feature pyramid refines its average with."""
+"""Blocks that refine the average of a balanced feature pyramid."""
 
 import torch
 import torch.nn.functional as F

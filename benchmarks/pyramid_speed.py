@@ -1,4 +1,4 @@
-"""What the balanced feature pyramid costs, beside mmdetection's with its explicit attention, and in training.
+"""Cost of the balanced feature pyramid, beside mmdetection's with its explicit attention, and in training.
 
     python benchmarks/pyramid_speed.py
 
@@ -161,7 +161,7 @@ def target(height: int, width: int, device: str) -> dict[str, Tensor]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """What the README shows: time and memory of forward and backward, and ours over it.
+    """The README's table: time and memory of forward and backward, and ours over it.
 
     The latter also without the outputs of the pyramid and their gradients, which both need.
     """

@@ -1,4 +1,4 @@
-"""What the training script reaches on a CPU, over several seeds: on the shapes it draws, and on real images.
+"""Average precision of the training script on a CPU, over several seeds: on the shapes it draws, and on real images.
 
     python benchmarks/training.py shapes
     python benchmarks/training.py bccd --data-path data/bccd

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(given: argparse.Namespace) -> None:
     config, checkpoint = read_command_line(given)
     if not config.model.pyramid:
-        raise UserError("--no-pyramid: there is no pyramid to look at")
+        raise UserError("--no-pyramid: there is no pyramid to draw")
     model, dataset = detector_and_images(config, checkpoint)
     image = _read(given.image) if given.image else dataset[0][0]
     averages, levels = find_heat(model, image.to(next(model.parameters()).device))
@@ -74,8 +74,11 @@ def find_heat(model: Any, image: Tensor) -> tuple[list[Tensor], dict[str, list[T
 
     bfp = model.backbone.bfp
     integration = BalancedFeaturePyramid(bfp.in_channels, refine_level=bfp.refine_level, refine=None)
-    before = model.backbone.fpn(model.backbone.body(batch.tensors))
-    stages = list(zip(*(maps.values() for maps in (before, integration(before), bfp(before))), strict=True))
+    seen: list[dict[str, Tensor]] = []
+    hook = bfp.register_forward_hook(lambda _, args, output: seen.extend((args[0], integration(args[0]), output)))
+    model.backbone(batch.tensors)
+    hook.remove()
+    stages = list(zip(*(maps.values() for maps in seen), strict=True))
     plain, *strengthened = stages[bfp.refine_level]  # where the average is added as it is
     finest = int(math.log2(batch.tensors.shape[-1] // stages[0][0].shape[-1]))
     levels = {

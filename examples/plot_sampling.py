@@ -39,7 +39,7 @@ def run(given: argparse.Namespace) -> None:
     if config.model.model != "libra_fasterrcnn":
         raise UserError(f"--model {config.model.model}: it trains on all anchors and samples none")
     if not config.model.sampler:
-        raise UserError("--no-sampler: there is no IoU-balanced sampling to look at")
+        raise UserError("--no-sampler: there is no IoU-balanced sampling to draw")
     model, dataset = detector_and_images(config, checkpoint)
     device = next(model.parameters()).device
     samples = [dataset[i] for i in range(len(dataset))]

@@ -1,4 +1,4 @@
-"""What the tests of exports share."""
+"""Comparison of exported modules with the originals."""
 
 from typing import Any
 

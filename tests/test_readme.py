@@ -1,4 +1,4 @@
-"""What README and docs say, held against what it is about."""
+"""Claims of README and docs, compared with results, flags and files."""
 
 import json
 import re

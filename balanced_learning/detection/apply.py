@@ -50,7 +50,9 @@ def apply_libra(
             Or any callable that takes the labels, as torchvision's sampler does (they carry ``ious`` and
             ``matched_idxs``), or these three lists. RetinaNet samples nothing: there, ``True`` has no effect.
         pyramid (bool or BalancedFeaturePyramid): what the maps of the backbone go through. ``True``: non-local
-            refinement at P4, or at the middle level of a pyramid that is not P2 to P6 or P3 to P7.
+            refinement at P4, or at the middle level of a pyramid that is not P2 to P6 or P3 to P7. It is part of the
+            ``forward`` of torchvision's ``BackboneWithFPN``; a backbone of another class keeps its own and gets a
+            forward hook, which torch.fx does not see.
         box_loss (bool or nn.Module): ``True``: :class:`~balanced_learning.BalancedL1Loss` with alpha 0.5, gamma 1.5 and
             beta 1 (RetinaNet: 0.11). Or a loss with a ``reduction`` attribute, such as ``nn.SmoothL1Loss(beta=1.0)``,
             the baseline of the paper's table 6. Whatever its reduction, its sum enters torchvision's normalisation.
@@ -59,7 +61,8 @@ def apply_libra(
             assign ``model.rpn.fg_bg_sampler = dataclasses.replace(model.rpn.fg_bg_sampler, num_bins=5)`` afterwards.
         path_aggregation (bool or PathAggregation): whether the levels of the FPN go through a bottom-up path, before
             coarser ones are made of them: PAFPN, and with a balanced pyramid behind it the paper's Balanced PAFPN
-            (table 5). Their sizes must halve from level to level, which those of torchvision's MobileNets do not.
+            (table 5). Their sizes must halve from level to level, which those of torchvision's MobileNets do not. An
+            FPN that is put in place of ``model.backbone.fpn`` afterwards is an error at the next call.
 
     Returns:
         FasterRCNN or RetinaNet: the same model.

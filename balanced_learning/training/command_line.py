@@ -148,7 +148,7 @@ def _said(name: str, value: Any) -> str:
 
 
 def _settled(config: Config) -> Config:
-    """The configuration with what depends on other settings or on the machine, after a look at contradictions."""
+    """Checks settings against each other, and fills in those that follow from others or from the machine."""
     model, training, run, data = config.model, config.training, config.run, config.data
     if model.small and (model.weights or model.backbone != "resnet50"):
         flag = f"--weights {model.weights}" if model.weights else f"--backbone {model.backbone}"

@@ -82,7 +82,7 @@ def test_real_images(real_data, tmp_path, model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--no-pyramid"], "--no-pyramid: there is no pyramid to look at"),
+        (["--no-pyramid"], "--no-pyramid: there is no pyramid to draw"),
         (["--image", "missing.jpg"], "missing.jpg: unreadable image .*No such file"),
     ],
 )
