@@ -11,7 +11,7 @@ from balanced_learning.training.errors import UserError
 
 
 class TensorBoard:
-    """Writes event files into ``folder``, and observes the samples of the second stage of ``model``, if there is one."""
+    """Writes event files into ``folder``, and observes the second stage's sampler of ``model``, if it has one."""
 
     def __init__(self, folder: Path, model: Any) -> None:
         try:
