@@ -36,12 +36,12 @@ class BalancedFeaturePyramid(Neck):
         the same container, keys, order and shapes.
 
     Export:
-        :func:`torch.export.export`, not strict as by default, :func:`torch.jit.trace` and :func:`torch.onnx.export`
+        :func:`torch.export.export` (not strict, as by default), :func:`torch.jit.trace` and :func:`torch.onnx.export`
         take the pyramid, also behind a backbone; :func:`torch.jit.script` does not. Exported or traced for any size,
         from an example with more than one position a side at every level, it takes levels that halve and round up, as
         those of an FPN do (a trace and ONNX Runtime do not check it); maxima are then gathered rather than pooled. In
         ONNX, of operator set 14 or later, the attention holds its matrix, and at a few sizes another nearest neighbor
-        than PyTorch's is taken for the levels that are coarser than the refined one. torch.fx sees the refinement and
+        than PyTorch's is taken for the levels that are coarser than the refined one. torch.fx sees the refinement, and
         calls what is before and after it as two functions.
 
     Raises:
