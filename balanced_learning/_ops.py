@@ -113,7 +113,7 @@ def _plain(
     input: Tensor, target: Tensor, weight: Tensor | None, alpha: float, gamma: float, beta: float, reduction: int
 ) -> Tensor:
     """Computes what the forward op does, in operations that can be differentiated."""
-    losses = _balanced_l1.loss(input - target, alpha, gamma, beta)
+    losses = _balanced_l1.loss(input, target, alpha, gamma, beta)
     return _reduce(losses if weight is None else losses * weight, reduction)
 
 
@@ -128,7 +128,7 @@ def _plain_backward(
     reduction: int,
 ) -> Tensor:
     """Computes what the backward op does, in operations that can be differentiated."""
-    gradients = _balanced_l1.slope(input - target, alpha, gamma, beta) * _share(grad, reduction, input.numel())
+    gradients = _balanced_l1.slope(input, target, alpha, gamma, beta) * _share(grad, reduction, input.numel())
     return gradients if weight is None else gradients * weight
 
 
@@ -182,7 +182,7 @@ def _double_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]
     share = _share(grad, reduction, input.numel())
     if needs_input or needs_target:
         dtype = torch.promote_types(input.dtype, torch.float32)
-        curvatures = _balanced_l1.curvature(input.to(dtype) - target.to(dtype), *function).to(input.dtype)
+        curvatures = _balanced_l1.curvature(input.to(dtype), target.to(dtype), *function).to(input.dtype)
         grad_input = grad_output * share * curvatures
         grad_input = grad_input if weight is None else grad_input * weight
     if needs_weight:
