@@ -17,6 +17,7 @@ def test_public_names() -> None:
         "PathAggregation",
         "backend_info",
         "balanced_l1_loss",
+        "use_kernels",
     ]
     _assert_documented(balanced_learning)
 

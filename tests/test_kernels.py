@@ -1,4 +1,4 @@
-"""The numbers that the kernels compute: against the formula, a scalar loop in float64, and themselves."""
+"""The numbers that the loss computes: against the formula in float64, decimal arithmetic, and themselves."""
 
 import math
 
@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from balanced_learning import balanced_l1_loss
-from tests.kernels import DTYPES, REDUCTIONS, assert_agree, devices, gradients, needs
+from tests.kernels import DTYPES, REDUCTIONS, assert_agree, gradients, needs_gpu
+from tests.reference.balanced_l1 import paper
 
 CHUNKS = (1023, 1024, 1025, 2047, 2049, 70001)  # what a thread or a block sums, give or take one
 
 
-@devices
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("weighted", [False, True])
@@ -22,49 +23,39 @@ def test_agree_with_the_formula(device: str, dtype: torch.dtype, reduction: str,
     assert_agree(tensors, beta=0.3, reduction=reduction)
 
 
-def scalar_loop(x: float, alpha: float, gamma: float, beta: float) -> tuple[float, float]:
-    """Equations 8 and 6 in float64: the loss of one error, as a series where its terms would cancel, and the slope."""
-    b, u = math.expm1(gamma / alpha), abs(x) / beta
-    if u >= 1:
-        return beta * (gamma * u + gamma / b - alpha), math.copysign(gamma, x)
-    z = b * u
-    series = sum((-1) ** n * z**n / (n * (n - 1)) for n in range(2, 10))
-    loss = series if z < 0.01 else (z + 1) * math.log1p(z) - z
-    return beta * alpha / b * loss, math.copysign(alpha * math.log1p(z), x)
-
-
-@devices
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 50.0])
 @pytest.mark.parametrize("beta", [1.0, 1 / 9])
 def test_accuracy(device: str, alpha: float, beta: float) -> None:
     x = torch.cat([10 ** torch.linspace(-8, 6, 3000), torch.linspace(0.01, 1.2, 3000)])
-    x = torch.cat([x, -x]).to(device).requires_grad_()
-    losses = balanced_l1_loss(x, torch.zeros_like(x), alpha=alpha, beta=beta, reduction="none")
-    (slopes,) = torch.autograd.grad(losses.sum(), x)
-    expected = torch.tensor([scalar_loop(value, alpha, 1.5, beta) for value in x.tolist()], dtype=torch.float64)
-    for ours, theirs in zip((losses, slopes), expected.T, strict=True):
-        assert (ours.double().cpu() / theirs - 1).abs().max() < 2e-6
+    values, slopes = paper(x, alpha, 1.5, beta)
+    for sign in (1, -1):
+        errors = (sign * x).to(device).requires_grad_()
+        losses = balanced_l1_loss(errors, torch.zeros_like(errors), alpha=alpha, beta=beta, reduction="none")
+        (gradients,) = torch.autograd.grad(losses.sum(), errors)
+        assert (losses.double().cpu() / values - 1).abs().max() < 2e-6
+        assert (gradients.double().cpu() / (sign * slopes) - 1).abs().max() < 2e-6
 
 
-@devices
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_never_negative(device: str, dtype: torch.dtype) -> None:
     x = (10 ** torch.linspace(-20, 4, 10_000)).to(device, dtype)
     assert (balanced_l1_loss(x, torch.zeros_like(x), reduction="none") >= 0).all()
 
 
-@devices
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30])
 def test_any_magnitude(device: str, magnitude: float) -> None:
     x = torch.tensor([magnitude], device=device)
     for beta in (1e-20, 1.0, 1e20):
         loss, grad, _ = gradients(balanced_l1_loss, (x, 0 * x), torch.ones(1), beta=beta, reduction="none")
-        expected = scalar_loop(magnitude, 0.5, 1.5, beta)
-        assert loss.item() == pytest.approx(expected[0], rel=2e-6, abs=1e-44)
-        assert grad.item() == pytest.approx(expected[1], rel=2e-6, abs=1e-44)
+        value, slope = paper(torch.tensor(magnitude), beta=beta)
+        assert loss.item() == pytest.approx(value.item(), rel=2e-6, abs=1e-44)
+        assert grad.item() == pytest.approx(slope.item(), rel=2e-6, abs=1e-44)
 
 
-@devices
+@pytest.mark.usefixtures("implementation")
 def test_tend_to_smooth_l1(device: str) -> None:
     tensors, grad = tuple(torch.randn(2, 3000, device=device)), torch.randn(())
     ours = gradients(balanced_l1_loss, tensors, grad, alpha=1e6, gamma=1.0)
@@ -73,7 +64,7 @@ def test_tend_to_smooth_l1(device: str) -> None:
         torch.testing.assert_close(a, b, rtol=3e-6, atol=1e-9)
 
 
-@devices
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_not_finite(device: str, dtype: torch.dtype) -> None:
     nan, inf = math.nan, math.inf
@@ -84,14 +75,14 @@ def test_not_finite(device: str, dtype: torch.dtype) -> None:
     assert slopes.tolist() == pytest.approx([nan, 1.5, -1.5, nan, nan], nan_ok=True)
 
 
-@devices
+@pytest.mark.usefixtures("implementation")
 def test_sum_of_many(device: str) -> None:
     x = torch.full((3_000_001,), 0.3, device=device)
-    expected = scalar_loop(x[0].item(), 0.5, 1.5, 1.0)[0] * x.numel()
+    expected = paper(x[0])[0].item() * x.numel()
     assert balanced_l1_loss(x, torch.zeros_like(x), reduction="sum").item() == pytest.approx(expected, rel=1e-6)
 
 
-@devices
+@pytest.mark.usefixtures("kernels")
 def test_the_same_bits_in_every_run(device: str) -> None:
     input, target = torch.randn(2, 1_000_001, device=device)
     before = torch.get_num_threads()
@@ -105,7 +96,8 @@ def test_the_same_bits_in_every_run(device: str) -> None:
     assert len(sums) == 1
 
 
-@needs("cuda")
+@needs_gpu
+@pytest.mark.usefixtures("kernels")
 def test_no_synchronization() -> None:
     input, target = torch.randn(2, 10_000, device="cuda")
     input.requires_grad_()
@@ -117,7 +109,8 @@ def test_no_synchronization() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@needs("cuda")
+@needs_gpu
+@pytest.mark.usefixtures("kernels")
 def test_current_stream() -> None:
     input, target = torch.randn(2, 1 << 22, device="cuda")
     expected = balanced_l1_loss(input, target)
@@ -132,7 +125,8 @@ def test_current_stream() -> None:
     assert torch.equal(result, expected)
 
 
-@needs("cuda")
+@needs_gpu
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_second_device() -> None:
     assert_agree(tuple(torch.randn(2, 10_000, device="cuda:1")), reduction="mean")

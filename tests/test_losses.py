@@ -1,7 +1,6 @@
 import itertools
 import math
 import re
-from decimal import Context, Decimal, localcontext
 
 import pytest
 import torch
@@ -11,6 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from balanced_learning import BalancedL1Loss, balanced_l1_loss
+from tests.reference.balanced_l1 import paper
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BETAS = [0.11, 1 / 9, 1.0, 2.0]
@@ -22,25 +24,6 @@ PARAMETERS = [  # alpha, gamma, beta
     (0.02, 1.5, 1.0),
     (1e5, 1.0, 0.3),
 ]
-
-
-def paper(errors: Tensor, alpha: float = 0.5, gamma: float = 1.5, beta: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Loss and slope of each error, one by one: equations 8 and 6 at x / beta, in 50 digits, as float64."""
-    pairs = [_paper(x, alpha, gamma, beta) for x in errors.flatten().tolist()]
-    values, slopes = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).T.cpu()
-    return values.reshape(errors.shape), slopes.reshape(errors.shape)
-
-
-def _paper(x: float, alpha: float, gamma: float, beta: float) -> tuple[float, float]:
-    with localcontext(Context(prec=50)):
-        a, g, u = Decimal(alpha), Decimal(gamma), abs(Decimal(x)) / Decimal(beta)
-        b = (g / a).exp() - 1
-        if u < 1:
-            log = (b * u + 1).ln()
-            value, slope = a / b * (b * u + 1) * log - a * u, a * log
-        else:
-            value, slope = g * u + g / b - a, g
-        return float(Decimal(beta) * value), math.copysign(float(slope), x)
 
 
 def errors_of(x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:

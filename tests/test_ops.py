@@ -1,4 +1,4 @@
-"""The ops as torch sees them: registration, derivatives, transforms; layouts, types and errors of what they serve."""
+"""The ops as torch sees them: registration, derivatives, transforms; layouts, types and errors of the loss."""
 
 import itertools
 import math
@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from balanced_learning import IoUBalancedSampler, _balanced_l1, _ops, balanced_l1_loss
-from tests.kernels import DTYPES, REDUCTIONS, assert_agree, devices, formula, gradients, needs
+from tests.kernels import DTYPES, REDUCTIONS, assert_agree, formula, gradients, needs_gpu
 
 PARAMETERS = (0.5, 1.5, 0.7)
 
-pytestmark = devices
+with_kernels = pytest.mark.usefixtures("kernels")
+with_and_without = pytest.mark.usefixtures("implementation")
 
 
+@with_kernels
 @pytest.mark.parametrize("reduction", range(3), ids=REDUCTIONS)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -41,11 +43,13 @@ def sampling_batch(sizes: list[int], device: str) -> tuple[list[Tensor], list[Te
     return [torch.where(image == 2, -1, image) for image in labels], ious, matched_idxs, torch.tensor(7, device=device)
 
 
+@with_kernels
 def test_opcheck_of_sampling(device: str) -> None:
     torch.library.opcheck(_ops._sample_op, (*sampling_batch([4, 1], device), *SETTINGS))
 
 
-@needs("cuda")
+@with_kernels
+@needs_gpu
 @pytest.mark.parametrize("sizes", [[2_000] * 3, [1] * 100, [300_000, 10]])
 def test_one_seed_draws_the_same_on_every_device(device: str, sizes: list[int]) -> None:
     batch = sampling_batch(sizes, "cpu")
@@ -54,6 +58,7 @@ def test_one_seed_draws_the_same_on_every_device(device: str, sizes: list[int]) 
     assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, theirs, strict=True))
 
 
+@with_kernels
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -69,6 +74,7 @@ def test_sampling_reads_no_memory_that_is_not_its_own(device: str, change: Calla
         _ops._sample_op(*change(*sampling_batch([5, 3], device)), *SETTINGS)
 
 
+@with_kernels
 def test_compiled_code_samples_too(device: str) -> None:
     labels, ious, matched_idxs, _ = sampling_batch([900, 700], device)
     sample = torch.compile(IoUBalancedSampler(64).__call__, dynamic=True)
@@ -82,6 +88,7 @@ def test_compiled_code_samples_too(device: str) -> None:
     assert not any((mask & (label < 1)).any() for mask, label in zip(draws[0][:2], labels, strict=True))
 
 
+@with_kernels
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("eager", [True, False])
@@ -96,6 +103,7 @@ def test_first_and_second_derivatives(device: str, reduction: str, weighted: boo
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
+@with_kernels
 @pytest.mark.parametrize("reduction", range(3), ids=REDUCTIONS)
 @pytest.mark.parametrize("dims", [(0, 1), (0, None), (None, 1)])
 def test_vmap(device: str, reduction: int, dims: tuple[int | None, int | None]) -> None:
@@ -115,12 +123,14 @@ def test_vmap(device: str, reduction: int, dims: tuple[int | None, int | None]) 
         torch.testing.assert_close(torch.vmap(function, dims)(*batches), expected)
 
 
+@with_kernels
 def test_vmap_over_scalars(device: str) -> None:
     input = torch.randn(6, device=device)
     losses = torch.vmap(lambda x: _ops._forward_op(x, x * 2, None, *PARAMETERS, 1))(input)
     torch.testing.assert_close(losses, _ops._forward_op(input, input * 2, None, *PARAMETERS, 0))
 
 
+@with_and_without
 def test_transforms_that_see_the_formula(device: str) -> None:
     input, target = torch.randn(2, 5, device=device)
     hessian = torch.func.hessian(lambda x: balanced_l1_loss(x, target, reduction="sum"))(input)
@@ -132,6 +142,7 @@ def test_transforms_that_see_the_formula(device: str) -> None:
         torch.testing.assert_close(forward_ad.unpack_dual(loss).tangent, expected)
 
 
+@with_kernels
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("of_the_op", [False, True])
 def test_compile(device: str, of_the_op: bool, reduction: str) -> None:
@@ -146,6 +157,7 @@ def test_compile(device: str, of_the_op: bool, reduction: str) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@with_and_without
 def test_compile_of_a_transform(device: str) -> None:
     def losses(input: Tensor, target: Tensor) -> Tensor:
         return torch.vmap(balanced_l1_loss)(input, target)
@@ -155,6 +167,7 @@ def test_compile_of_a_transform(device: str) -> None:
     torch.testing.assert_close(compiled(input, target), losses(input, target))
 
 
+@with_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_autocast_of_the_op(device: str, dtype: torch.dtype) -> None:
     input = torch.randn(9, device=device, dtype=dtype)
@@ -174,6 +187,7 @@ LAYOUTS = {
 }
 
 
+@with_and_without
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts(device: str, layout, reduction: str) -> None:
@@ -183,6 +197,7 @@ def test_layouts(device: str, layout, reduction: str) -> None:
         assert_agree(tensors, reduction=reduction)
 
 
+@with_and_without
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shapes", [((5, 4), (4,)), ((4,), (5, 4)), ((5, 1), (1, 4)), ((), (5, 4)), ((0, 4), (1, 4))])
 def test_broadcasting(device: str, shapes: tuple, reduction: str) -> None:
@@ -191,6 +206,7 @@ def test_broadcasting(device: str, shapes: tuple, reduction: str) -> None:
     assert_agree((*tensors, torch.rand(4, device=device)), reduction=reduction)
 
 
+@with_kernels
 @pytest.mark.parametrize("autocast", [False, True])
 def test_result_types(device: str, autocast: bool) -> None:
     for a, b, w in itertools.product(DTYPES, DTYPES, (None, torch.bool, torch.float16, torch.float64)):
@@ -202,6 +218,7 @@ def test_result_types(device: str, autocast: bool) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@with_kernels
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [

@@ -3,7 +3,6 @@ import math
 import re
 import warnings
 from fractions import Fraction
-from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from balanced_learning import IoUBalancedSampler, _backend, _ops
+from balanced_learning import IoUBalancedSampler
 from balanced_learning.samplers import iou_bins, random_position
 
 # An image in the middle of training: so many negatives, with IoUs spread evenly over the interval.
@@ -21,20 +20,11 @@ SIZES = torch.tensor([size for size, _, _ in INTERVALS], dtype=torch.float64)
 NUM_POSITIVES, NUM_NEGATIVES = 65, 447  # of 512
 
 
-BACKENDS = [(device, kind) for device in ("cpu", "cuda") for kind in ("kernels", "plain")]
-
-
-@pytest.fixture(scope="module", autouse=True, params=BACKENDS, ids="-".join)
-def device(request):
+@pytest.fixture(autouse=True)
+def _everywhere(device, implementation):
     """Everything holds on every device, for the compiled op and without it."""
-    name, kind = request.param
-    if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    if kind == "kernels" and not _backend.has_kernels(torch.zeros(0, device=name).device):
-        pytest.skip(f"no kernels for {name} here")
-    serves = _ops.serves if kind == "kernels" else mock.Mock(return_value=False)
-    with mock.patch.object(_ops, "serves", serves), torch.device(name):
-        yield name
+    with torch.device(device):
+        yield
 
 
 def crowded_image() -> tuple[Tensor, Tensor, Tensor]:
