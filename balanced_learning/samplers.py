@@ -131,7 +131,7 @@ class IoUBalancedSampler:
 
     @property
     def _num_positives(self) -> int:
-        """How many are wanted of an image."""
+        """The number wanted of an image."""
         return int(self.batch_size_per_image * self.positive_fraction)
 
     def _draw(self, *batch: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -166,7 +166,7 @@ class IoUBalancedSampler:
         return list(positives), list(negatives), ious.isnan().any()[None]
 
     def _ceiling(self, ious: Tensor, image: Tensor, num_images: int) -> float | Tensor:
-        """Where the last bin ends; without ``max_iou``, for each of the candidates."""
+        """The end of the last bin; without ``max_iou``, for each of the candidates."""
         if self.max_iou is not None:
             return self.max_iou
         return ious.new_zeros(num_images).scatter_reduce(0, image, ious, "amax")[image]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: how they measure, and what they say about where they ran."""
+"""Measurement, and a description of the machine, for all benchmarks."""
 
 import argparse
 import ctypes
@@ -53,9 +53,9 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def measure(
-    calls: Iterable[tuple[str, Callable[[], Any], AbstractContextManager]], seconds: float
+    calls: Iterable[tuple[str, Callable[[], Any], Callable[[], AbstractContextManager]]], seconds: float
 ) -> dict[str, dict[str, float]]:
-    """Median and interquartile range of the seconds that each of the named calls takes, inside its context.
+    """Median and interquartile range of the seconds that each of the named calls takes, inside a context of its own.
 
     They take turns, so that what else the machine does meets all of them.
     """
@@ -63,7 +63,7 @@ def measure(
     for _ in range(TURNS):
         for name, function, context in calls:
             timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-            with context:
+            with context():
                 measurement = timer.blocked_autorange(min_run_time=seconds / TURNS)
             measurements.setdefault(name, []).append(measurement)
     merged = {name: Measurement.merge(several)[0] for name, several in measurements.items()}

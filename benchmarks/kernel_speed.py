@@ -1,4 +1,4 @@
-"""What the fused balanced L1 costs, beside the other ways to compute it and beside smooth L1.
+"""Cost of the fused balanced L1, beside the other ways to compute it and beside smooth L1.
 
     python benchmarks/kernel_speed.py
 
@@ -6,19 +6,19 @@ Prints times, the time of forward and backward together over that of smooth L1, 
 gradient. Writes kernel_speed_<cpu|cuda>.json, with all times, device, versions and commit, and a figure of that name.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from _common import environment, keep_freed_memory, markdown, measure, parser, peak_memory, write
-from balanced_learning import _ops, balanced_l1_loss
+from balanced_learning import balanced_l1_loss, use_kernels
+from tests.reference.mmdet import balanced_l1
 
 Loss = Callable[[Tensor, Tensor, str], Tensor]
 
@@ -43,26 +43,21 @@ def smooth_l1(input: Tensor, target: Tensor, reduction: str) -> Tensor:
     return F.smooth_l1_loss(input, target, reduction=reduction)
 
 
-def balanced_l1(input: Tensor, target: Tensor, reduction: str) -> Tensor:
+def ours(input: Tensor, target: Tensor, reduction: str) -> Tensor:
     return balanced_l1_loss(input, target, reduction=reduction)
 
 
 def mmdet_formula(input: Tensor, target: Tensor, reduction: str) -> Tensor:
-    """Balanced L1 as mmdetection evaluates it, at its defaults."""
-    alpha, gamma, beta = 0.5, 1.5, 1.0
-    b = math.e ** (gamma / alpha) - 1
-    size = (input - target).abs()
-    inlier = alpha / b * (b * size + 1) * (b * size / beta + 1).log() - alpha * size
-    loss = torch.where(size < beta, inlier, gamma * size + gamma / b - alpha * beta)
+    loss = balanced_l1(input, target)
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
 BASELINE, PLAIN, COMPILED = "smooth L1", "plain formula", "compiled formula"
 LOSSES: dict[str, Loss] = {
     BASELINE: smooth_l1,
-    "fused": balanced_l1,
-    PLAIN: balanced_l1,
-    COMPILED: torch.compile(balanced_l1, dynamic=True),
+    "fused": ours,
+    PLAIN: ours,
+    COMPILED: torch.compile(ours, dynamic=True),
     "mmdet's formula": mmdet_formula,
 }
 
@@ -100,14 +95,14 @@ def costs(names: list[str], case: Case, device: str, seconds: float) -> dict[str
             calls[name], peak, gradient = prepare(LOSSES[name], case, device)
         rows[name] = {"peak_bytes": peak, "gradient_bytes": gradient}
     for part in ("forward", "backward", "both"):
-        turns = [(name, calls[name][part], implementation(name)) for name in names]
+        turns = [(name, calls[name][part], partial(implementation, name)) for name in names]
         for name, times in measure(turns, seconds).items():
             rows[name][part] = times
     return rows
 
 
 def prepare(loss: Loss, case: Case, device: str) -> tuple[dict[str, Callable[[], Any]], int, int]:
-    """What to time, the memory that forward and backward need, and that of the gradient; all has been called once."""
+    """The calls to time, each called once before, and the memory that forward and backward, and the gradient, need."""
     dtype = getattr(torch, case.dtype)
     input, target = torch.randn(2, case.elements, device=device).to(dtype)
     input.requires_grad_()
@@ -132,24 +127,20 @@ def prepare(loss: Loss, case: Case, device: str) -> tuple[dict[str, Callable[[],
 
 
 def implementation(name: str) -> AbstractContextManager:
-    """Where balanced_l1_loss is to take the plain formula, takes the kernels away."""
-    return mock.patch.object(_ops, "serves", _never) if name in (PLAIN, COMPILED) else nullcontext()
-
-
-def _never(tensor: Tensor) -> bool:
-    return False
+    """Switches the kernels off for the plain formula."""
+    return use_kernels(False) if name in (PLAIN, COMPILED) else nullcontext()
 
 
 def copy_bandwidth(case: Case, device: str, seconds: float) -> float:
     """Bytes a second, read and written, of copying a tensor."""
     source = torch.zeros(case.elements, dtype=getattr(torch, case.dtype), device=device)
     target = torch.empty_like(source)
-    times = measure([("copy", lambda: target.copy_(source), nullcontext())], seconds)["copy"]
+    times = measure([("copy", lambda: target.copy_(source), nullcontext)], seconds)["copy"]
     return 2 * source.nbytes / times["seconds"]
 
 
 def shares_of_bandwidth(case: Case, row: dict[str, Any], copied: float) -> dict[str, float]:
-    """How fast the loss reads and writes what it must, as a share of copying."""
+    """The bandwidth of what the loss must read and write, as a share of copying."""
     extra = case.reduction == "none"  # the losses, their gradients
     tensors = {"forward": 2 + extra, "backward": 3 + extra}
     return {
@@ -177,7 +168,7 @@ def by_size(results: dict[str, Any]) -> dict[int, dict[str, float]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """What the README shows: the time of smooth L1, and that of the others over it."""
+    """The README's table: the time of smooth L1, and that of the others over it."""
     rows = []
     for elements, seconds in by_size(results).items():
         ratios = {name: seconds[name] / seconds[BASELINE] if name in seconds else None for name in LOSSES}

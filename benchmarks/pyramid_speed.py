@@ -85,7 +85,7 @@ def costs(calls: dict[str, Calls], device: str, seconds: float) -> dict[str, dic
         parts["both"]()  # compiles, and gives an optimizer its memory
         rows[name] = {"peak_bytes": peak_memory(parts["both"], device)}
     for part in calls[OURS]:
-        turns = [(name, parts[part], nullcontext()) for name, parts in calls.items()]
+        turns = [(name, parts[part], nullcontext) for name, parts in calls.items()]
         for name, times in measure(turns, seconds).items():
             rows[name][part] = times
     return rows

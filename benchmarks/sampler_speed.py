@@ -1,4 +1,4 @@
-"""What choosing the boxes of a batch costs, beside torchvision's random choice and mmdetection's balanced one.
+"""Cost of choosing the boxes of a batch, beside torchvision's random choice and mmdetection's balanced one.
 
     python benchmarks/sampler_speed.py
 
@@ -8,18 +8,18 @@ whole selection of training samples. Writes sampler_speed_<cpu|cuda>.json, with 
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 from _common import environment, keep_freed_memory, markdown, measure, parser, write
-from balanced_learning import IoUBalancedSampler, _ops
+from balanced_learning import IoUBalancedSampler, use_kernels
 from balanced_learning.detection import apply_libra
+from tests.reference.mmdet import balanced_samples
 
 Image = tuple[Tensor, Tensor, Tensor]  # labels, IoUs, matched indices
 Calls = dict[str, Callable[[], Any]]
@@ -44,7 +44,7 @@ def main() -> None:
     rows = []
     for what, batch, calls_of in cases:
         calls = calls_of(batch, args.device)
-        turns = [(name, call, implementation(name)) for name, call in calls.items()]
+        turns = [(name, call, partial(implementation, name)) for name, call in calls.items()]
         rows.append({"what": what, "batch": batch, "seconds": measure(turns, seconds)})
     results = {**environment(args.device), "rows": rows}
     print(table(results))
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """What the README shows: the time of torchvision, and that of the others over it."""
+    """The README's table: the time of torchvision, and that of the others over it."""
     rows = []
     for row in results["rows"]:
         times = {name: entry["seconds"] for name, entry in row["seconds"].items()}
@@ -65,8 +65,8 @@ def table(results: dict[str, Any]) -> str:
 
 
 def implementation(name: str) -> AbstractContextManager:
-    """For the plain implementation, takes the kernels away."""
-    return mock.patch.object(_ops, "serves", return_value=False) if name == PLAIN else nullcontext()
+    """Switches the kernels off for the plain implementation."""
+    return use_kernels(False) if name == PLAIN else nullcontext()
 
 
 def proposal_samplers(batch: int, device: str) -> Calls:
@@ -102,45 +102,8 @@ def samplers(images: list[Image], size: int, positive_fraction: float, max_iou: 
         BASELINE: lambda: random(labels),
         OURS: lambda: balanced(labels, ious, matched_idxs),
         PLAIN: lambda: balanced(labels, ious, matched_idxs),
-        MMDET: lambda: [mmdetection(*each, size, int(size * positive_fraction)) for each in images],
+        MMDET: lambda: [balanced_samples(*each, size, int(size * positive_fraction)) for each in images],
     }
-
-
-def mmdetection(labels: Tensor, ious: Tensor, matched_idxs: Tensor, size: int, num_positives: int) -> tuple:
-    """The two balanced samplers at their defaults, as mmdetection evaluates them: index by index, in sets of Python."""
-    positives = instance_balanced(torch.nonzero(labels > 0).flatten(), matched_idxs, num_positives)
-    return positives, iou_balanced(torch.nonzero(labels == 0).flatten(), ious, size - len(positives))
-
-
-def some(indices: Tensor | np.ndarray, num: int) -> Tensor:
-    indices = torch.as_tensor(indices)
-    return indices[torch.randperm(len(indices))[:num].to(indices.device)]
-
-
-def instance_balanced(positives: Tensor, matched_idxs: Tensor, num: int) -> Tensor:
-    if len(positives) <= num:
-        return positives
-    groups = matched_idxs[positives].unique()
-    share = round(num / len(groups)) + 1
-    chosen = torch.cat([some(positives[matched_idxs[positives] == group], share) for group in groups])
-    if len(chosen) < num:
-        rest = list(set(positives.cpu().numpy()) - set(chosen.cpu().numpy()))
-        return torch.cat([chosen, some(np.array(rest), num - len(chosen)).to(chosen.device)])
-    return some(chosen, num)
-
-
-def iou_balanced(negatives: Tensor, ious: Tensor, num: int, num_bins: int = 3) -> Tensor:
-    if len(negatives) <= num:
-        return negatives
-    overlaps, candidates = ious.cpu().numpy(), set(negatives.cpu().numpy())
-    width = overlaps.max() / num_bins
-    chosen: list[np.ndarray] = []
-    for k in range(num_bins):
-        inside = set(np.where((overlaps >= k * width) & (overlaps < (k + 1) * width))[0])
-        chosen.append(some(np.array(list(inside & candidates), dtype=np.int64), num // num_bins).numpy())
-    flat = np.concatenate(chosen)
-    rest = np.array(list(candidates - set(flat)), dtype=np.int64)
-    return torch.from_numpy(np.concatenate([flat, some(rest, num - len(flat)).numpy()])).to(ious.device)
 
 
 def second_stages(batch: int, device: str) -> Calls:
@@ -167,7 +130,7 @@ def first_stages(batch: int, device: str) -> Calls:
 
     def balanced() -> tuple:
         matches, _ = libra.rpn.assign_targets_to_anchors(anchors, targets)
-        return libra.rpn.fg_bg_sampler(*matches[:3])
+        return libra.rpn.fg_bg_sampler(matches)
 
     return {BASELINE: random, OURS: balanced, PLAIN: balanced}
 

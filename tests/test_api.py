@@ -45,11 +45,11 @@ def test_import_needs_no_torchvision():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_only_detection_names_torchvision():
+def test_only_detection_and_training_name_torchvision():
     package = Path(balanced_learning.__file__).parent
     naming = [path.relative_to(package) for path in package.rglob("*.py") if "torchvision" in path.read_text()]
     assert naming
-    assert {path.parts[0] for path in naming} == {"detection"}
+    assert {path.parts[0] for path in naming} == {"detection", "training"}
 
 
 def test_backend_info_is_fit_for_a_bug_report():

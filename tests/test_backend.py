@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
@@ -126,7 +127,7 @@ def test_the_switch_is_what_computes_and_what_is_told() -> None:
         with use_kernels(enabled):
             assert _ops.uses_kernels(tensor) == enabled
             assert ("switched off" in backend_info()["kernels"]) != enabled
-            with pytest.raises(KeyError), use_kernels(not enabled):
+            with suppress(KeyError), use_kernels(not enabled):
                 assert _ops.uses_kernels(tensor) != enabled
                 raise KeyError
             assert _ops.uses_kernels(tensor) == enabled

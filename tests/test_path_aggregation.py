@@ -4,11 +4,11 @@ from collections import OrderedDict
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, export
 
 from balanced_learning import PathAggregation
+from tests.reference.mmdet import path_aggregation
 
 EVEN = [(32, 48), (16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
 ODD = [(25, 21), (13, 11), (7, 6), (4, 3), (2, 2), (1, 1)]
@@ -16,29 +16,6 @@ ODD = [(25, 21), (13, 11), (7, 6), (4, 3), (2, 2), (1, 1)]
 
 def maps(sizes: list[tuple[int, int]] = ODD, channels: int = 3, **kwargs) -> list[Tensor]:
     return [torch.randn(2, channels, *size, **kwargs) for size in sizes]
-
-
-def expected(levels: list[Tensor], parameters: dict[str, Tensor], num_levels: int) -> list[Tensor]:
-    """The forward of mmdet/models/necks/pafpn.py from its inter_outs on, with the convolutions spelled out."""
-
-    def conv(name: str, x: Tensor, stride: int) -> Tensor:
-        weight, bias = parameters[f"{name}.weight"], parameters[f"{name}.bias"]
-        height, width = x.shape[2:]
-        padded = F.pad(x, (1, 1, 1, 1))
-        y = sum(
-            torch.einsum("oc,nchw->nohw", weight[:, :, i, j], padded[..., i : i + height, j : j + width])
-            for i in range(3)
-            for j in range(3)
-        )
-        return (y + bias[:, None, None])[..., ::stride, ::stride]
-
-    sums, outputs = [levels[0]], [levels[0]]
-    for i in range(1, num_levels):
-        sums.append(levels[i] + conv(f"down.{i - 1}", sums[-1], 2))
-        outputs.append(conv(f"out.{i - 1}", sums[-1], 1))
-    for _ in levels[num_levels:]:
-        outputs.append(outputs[-1][..., ::2, ::2])
-    return outputs
 
 
 @pytest.mark.parametrize("sizes", [EVEN, ODD], ids=["even", "odd"])
@@ -50,7 +27,7 @@ def test_values_and_gradients_are_those_of_mmdetection(sizes, num_levels, num_ma
         if "bias" in name:
             nn.init.normal_(parameter)
     levels = [level.to(device).requires_grad_() for level in maps(sizes[:num_maps], dtype=torch.float64)]
-    found, wanted = path(levels), expected(levels, parameters, num_levels)
+    found, wanted = path(levels), path_aggregation(levels, parameters, num_levels)
     torch.testing.assert_close(found, wanted)
 
     upstream = [torch.randn_like(level) for level in levels]

@@ -36,7 +36,7 @@ def crowded_image() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def draw(sampler: IoUBalancedSampler, *image: Tensor, times: int | None = None) -> tuple[Tensor, Tensor]:
-    """What is drawn from an image; with ``times``, one row a time."""
+    """The masks of one image; with ``times``, one row a time."""
     positives, negatives = sampler(*([tensor] * (times or 1) for tensor in image))
     return (torch.stack(positives), torch.stack(negatives)) if times else (positives[0], negatives[0])
 
