@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    config, checkpoint = read_command_line(given)
+    config, checkpoint = read_command_line(given, trains=False)
     if not config.model.pyramid:
         raise UserError("--no-pyramid: there is no pyramid to draw")
     model, dataset = detector_and_images(config, checkpoint)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 from balanced_learning.detection.imbalance import draw_balanced, draw_random, match_proposals, negative_iou_shares
+from balanced_learning.training import randomness
 from balanced_learning.training.command_line import make_parser, read_command_line
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.inference import detector_and_images
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    config, checkpoint = read_command_line(given)
+    config, checkpoint = read_command_line(given, trains=False)
     if config.model.model != "libra_fasterrcnn":
         raise UserError(f"--model {config.model.model}: it trains on all anchors and samples none")
     if not config.model.sampler:
@@ -45,6 +46,7 @@ def run(given: argparse.Namespace) -> None:
     samples = [dataset[i] for i in range(len(dataset))]
     images = [image.to(device) for image, _ in samples]
     targets = [{key: target[key].to(device) for key in ("boxes", "labels")} for _, target in samples]
+    randomness.seed_all(config.training.seed, "plot")
     proposals = match_proposals(model, images, targets)
 
     balanced = model.roi_heads.fg_bg_sampler

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from balanced_learning.training import distributed, randomness
+from balanced_learning.training import distributed
 from balanced_learning.training.checkpoint import Checkpoint, prepare_folder, save
 from balanced_learning.training.command_line import lr_note, make_parser, read_command_line
 from balanced_learning.training.config import Config
@@ -28,10 +28,10 @@ from balanced_learning.training.errors import UserError
 from balanced_learning.training.evaluation import coco_metrics, table
 from balanced_learning.training.inference import predict
 from balanced_learning.training.loop import train_one_epoch
-from balanced_learning.training.model import build_model
+from balanced_learning.training.model import make_model
 from balanced_learning.training.optimization import Precision, make_optimizer, make_scheduler
 from balanced_learning.training.reporting.figures import save_curves, save_predictions
-from balanced_learning.training.reporting.metrics import is_best, write_config, write_row
+from balanced_learning.training.reporting.metrics import continue_rows, is_best, write_config, write_row
 from balanced_learning.training.reporting.tensorboard import TensorBoard
 
 NUM_PICTURES = 4
@@ -51,7 +51,7 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
     is_main = distributed.is_main()
     say = print if is_main else lambda *_: None
     torch.use_deterministic_algorithms(config.training.use_deterministic_algorithms, warn_only=True)
-    prepare_folder(config)
+    prepare_folder(config, checkpoint)
 
     train, val = read_splits(config)
     labels = checkpoint.labels if checkpoint else Labels.of(train, config.model.weights)
@@ -60,14 +60,11 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
         checkpoint.check_data(train, iterations=None if config.run.test_only else len(train_loader))
     say(f"{len(train.images)} images to train on, {len(val.images)} to evaluate, {len(labels.names)} classes")
 
-    randomness.seed_all(config.training.seed, "weights")
-    model = build_model(config, labels.num_classes, pretrained=checkpoint is None).to(device)
+    model = make_model(config, labels, checkpoint).to(device)
     if config.model.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     precision = Precision(config.training.amp, device)
     if config.run.test_only:
-        if checkpoint:
-            checkpoint.restore({"model": model})
         evaluate(config, model, val, val_loader, labels, precision, "test")
         return
 
@@ -76,11 +73,13 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
     scheduler = make_scheduler(optimizer, config.training, len(train_loader))
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": precision.scaler}
     first_epoch = config.run.start_epoch
+    folder = config.run.output_dir
     if checkpoint:
         checkpoint.restore(parts)
         first_epoch = checkpoint.epoch + 1
-        say(f"continuing from {checkpoint.path}, after epoch {checkpoint.epoch}")
-    folder = config.run.output_dir
+        say(f"continuing from {checkpoint.path}, after epoch {checkpoint.epoch}, to {config.training.epochs} epochs")
+        if is_main:
+            continue_rows(folder / "metrics.jsonl", checkpoint.path.with_name("metrics.jsonl"), checkpoint.epoch)
     tensorboard = TensorBoard(folder, model) if config.run.tensorboard and is_main else None
     if is_main:
         write_config(folder / "args.json", config)
@@ -91,8 +90,8 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
         row |= train_one_epoch(parallel, optimizer, scheduler, train_loader, precision, config, epoch)
         state: dict[str, Any] = {"config": config, "labels": labels, "epoch": epoch, "iterations": len(train_loader)}
         if is_main:
-            write_row(folder / "metrics.jsonl", row)
             save(folder / "checkpoint.pth", parts, **state)
+            write_row(folder / "metrics.jsonl", row)
         row |= evaluate(config, model, val, val_loader, labels, precision, f"{epoch:02}")
         if is_main:
             rows = write_row(folder / "metrics.jsonl", row)

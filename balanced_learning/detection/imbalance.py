@@ -69,8 +69,8 @@ def negative_iou_shares(
         draws: how many of each sampler are averaged.
 
     Returns:
-        dict[str, Tensor[intervals]]: of ``all`` negatives, of the ``hard`` ones (as many in each image as a sampler
-        takes, by classification loss), and of those that ``random`` and ``IoU-balanced`` sampling chooses.
+        dict[str, Tensor[intervals]]: of ``all`` negatives, of the ``hard`` ones (those of highest classification loss,
+        ``batch_size_per_image`` in each image), and of those that ``random`` and ``IoU-balanced`` sampling chooses.
     """
     chosen: dict[str, list[Tensor]] = {"all": [], "hard": [], "random": [], "IoU-balanced": []}
     for each in proposals:

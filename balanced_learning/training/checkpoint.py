@@ -1,6 +1,5 @@
 """Checkpoints that explain themselves: plain tensors and numbers, written whole or not at all."""
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 
 from balanced_learning import backend_info
 from balanced_learning.training import distributed
-from balanced_learning.training.config import Config, settings
+from balanced_learning.training.config import Config, setting_fields
 from balanced_learning.training.data.coco import Split
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
@@ -49,7 +48,10 @@ class Checkpoint:
             raise UserError(f"{path}: not a checkpoint of these programs")
         labels = Labels(content["categories"], content["category_ids"], content["num_classes"])
         states = {name: state for name, state in content.items() if name not in _KEYS or name == "model"}
-        config = _config(path, content["config"])
+        try:
+            config = _config(path, content["config"])
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: its settings cannot be read ({error})") from None
         return cls(path, config, labels, content["epoch"], content["iterations"], states)
 
     def restore(self, parts: dict[str, Any]) -> None:
@@ -61,7 +63,7 @@ class Checkpoint:
         for name, part in parts.items():
             try:
                 part.load_state_dict(self.states[name])
-            except (RuntimeError, ValueError, KeyError) as error:
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"{self.path}: does not fit the {name} that its own settings make: {reason}") from None
 
@@ -113,11 +115,12 @@ def save(path: Path, parts: dict[str, Any], *, config: Config, labels: Labels, e
         raise UserError(f"{path}: cannot be written ({error}); the last checkpoint is untouched") from None
 
 
-def prepare_folder(config: Config) -> None:
+def prepare_folder(config: Config, checkpoint: Checkpoint | None) -> None:
     """Makes the output folder, in the main process.
 
     Raises:
-        UserError: if it cannot be written, or holds the checkpoint of a run other than the one that goes on.
+        UserError: if it cannot be written, or holds the checkpoint of another run than that of ``checkpoint``, or of a
+            later epoch.
     """
     if not distributed.is_main():
         return
@@ -129,10 +132,13 @@ def prepare_folder(config: Config) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
-    existing, resume = folder / "checkpoint.pth", config.run.resume
-    goes_on = resume is not None and resume.resolve().parent == folder.resolve()
-    if existing.exists() and not (config.run.test_only or goes_on):
+    existing = folder / "checkpoint.pth"
+    if not existing.exists() or config.run.test_only:
+        return
+    if checkpoint is None or checkpoint.path.resolve().parent != folder.resolve():
         raise UserError(f"--output-dir {folder}: holds {existing.name}; --resume {existing}, or name another")
+    if checkpoint.path.name != existing.name and Checkpoint.load(existing).epoch > checkpoint.epoch:
+        raise UserError(f"--resume {checkpoint.path}: {existing} is of a later epoch; name another --output-dir")
 
 
 def _read(path: Path) -> Any:
@@ -140,13 +146,14 @@ def _read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a checkpoint ({reason})") from None
+    except Exception:  # whatever zip and pickle make of other bytes
+        raise UserError(
+            f"{path}: not a checkpoint: damaged, or with other things than tensors and plain values"
+        ) from None
 
 
 def _config(path: Path, plain: dict[str, Any]) -> Config:
-    known = settings()
+    known = setting_fields()
     for name in plain:
         if name not in known:
             raise UserError(f"{path}: made by a version that has a setting {name!r}, which this one has not")

@@ -14,7 +14,7 @@ else:
     import tomli as tomllib
 
 from balanced_learning.training.checkpoint import Checkpoint
-from balanced_learning.training.config import COURSE, MODEL, PAPER_IMAGES, PAPER_LR, Config, flag_of, settings
+from balanced_learning.training.config import COURSE, MODEL, PAPER_IMAGES, PAPER_LR, Config, flag_of, setting_fields
 from balanced_learning.training.errors import UserError
 
 
@@ -49,25 +49,28 @@ def _shown(default: Any) -> str:
     return " ".join(map(str, default)) if isinstance(default, tuple) else f"{default}"
 
 
-def read_command_line(given: argparse.Namespace) -> tuple[Config, Checkpoint | None]:
+def read_command_line(given: argparse.Namespace, *, trains: bool = True) -> tuple[Config, Checkpoint | None]:
     """The configuration that the flags of :func:`make_parser` ask for, and the checkpoint they name.
 
     Flags go before the recipe, both before the settings of the checkpoint, and those before the defaults. Without data
     and checkpoint, the recipe is ``shapes``.
 
+    Args:
+        given: the flags.
+        trains: whether the program trains. Otherwise the settings of training need not be those of the checkpoint.
+
     Raises:
         UserError: for a recipe or checkpoint that cannot be read, and for settings that contradict the checkpoint or
             each other.
     """
-    flags = {name: _frozen(value) for name, value in vars(given).items() if name in settings()}
-    checkpoint = _read_checkpoint(flags["resume"]) if "resume" in flags else None
-    without_data = "data_path" not in flags and checkpoint is None
-    recipe = getattr(given, "recipe", "shapes" if without_data else None)
+    flags = {name: _frozen(value) for name, value in vars(given).items() if name in setting_fields()}
+    recipe = getattr(given, "recipe", None if flags.keys() & {"data_path", "resume"} else "shapes")
     chosen = (read_recipe(recipe) if recipe else {}) | flags
+    checkpoint = _read_checkpoint(chosen["resume"]) if "resume" in chosen else None
     if checkpoint:
-        _check_agreement(chosen, checkpoint)
-        of_run = {"output_dir": checkpoint.path.parent, "test_only": False, "tensorboard": False, "start_epoch": 0}
-        chosen = checkpoint.config.values() | of_run | chosen
+        _check_agreement(chosen, checkpoint, trains and not chosen.get("test_only", False))
+        of_machine = {name: setting_fields()[name].default for name in ("device", "dist_url")}
+        chosen = checkpoint.config.values() | of_machine | {"output_dir": checkpoint.path.parent} | chosen
     return _settled(Config.of(chosen)), checkpoint
 
 
@@ -95,6 +98,12 @@ def read_recipe(name: str) -> dict[str, Any]:
         for key, value in values.items():
             if key not in groups[table]:
                 raise UserError(f"--recipe {name}: [{table}] has no setting {key!r}")
+            setting = setting_fields()[key]
+            is_switch = isinstance(setting.default, bool)
+            takes_list = setting.metadata["arguments"].get("nargs") == "*"
+            if isinstance(value, bool) != is_switch or isinstance(value, list) != takes_list:
+                wanted = "true or false" if is_switch else "a list" if takes_list else "one value"
+                raise UserError(f"--recipe {name}: [{table}] {key} must be {wanted}, got {value!r}")
             words += _as_flag(key, value)
     parser = make_parser()
     parser.error = lambda message: _refuse(f"--recipe {name}: {message}")  # type: ignore[method-assign,assignment,return-value]
@@ -106,7 +115,7 @@ def _recipes() -> Any:
 
 
 def _as_flag(name: str, value: Any) -> list[str]:
-    if isinstance(settings()[name].default, bool) and isinstance(value, bool):
+    if isinstance(setting_fields()[name].default, bool) and isinstance(value, bool):
         return [flag_of(name) if value else flag_of(name).replace("--", "--no-", 1)]
     values = value if isinstance(value, list) else [value]
     return [flag_of(name), *map(str, values)]
@@ -126,21 +135,21 @@ def _read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint.load(path)
 
 
-def _check_agreement(chosen: dict[str, Any], checkpoint: Checkpoint) -> None:
+def _check_agreement(chosen: dict[str, Any], checkpoint: Checkpoint, trains: bool) -> None:
     """Refuses what would give the weights of the checkpoint another meaning, or its training another course."""
     before = checkpoint.config.values()
-    binding = {MODEL} if chosen.get("test_only") else {MODEL, COURSE}
+    binding = {MODEL, COURSE} if trains else {MODEL}
+    if trains and chosen.get("start_epoch", 0):
+        raise UserError(f"--start-epoch {chosen['start_epoch']}: --resume goes on after epoch {checkpoint.epoch}")
     for name, value in chosen.items():
-        setting = settings()[name]
-        is_schedule = name == "epochs" and before["lr_scheduler"] == "cosineannealinglr" and COURSE in binding
+        setting = setting_fields()[name]
+        is_schedule = trains and name == "epochs" and before["lr_scheduler"] == "cosineannealinglr"
         if (setting.metadata["binds"] in binding or is_schedule) and value != before[name]:
-            raise UserError(
-                f"{_said(name, value)}: {checkpoint.path} was made with {_said(name, before[name])}, and goes on so "
-                "without the flag"
-            )
+            there, here = _as_typed(name, before[name]), _as_typed(name, value)
+            raise UserError(f"{here}: {checkpoint.path} was made with {there}, and goes on so without the flag")
 
 
-def _said(name: str, value: Any) -> str:
+def _as_typed(name: str, value: Any) -> str:
     """A setting as one would type it."""
     if value is None:
         return "--weights-backbone none" if name == "weights_backbone" else f"no {flag_of(name)}"
@@ -155,6 +164,12 @@ def _settled(config: Config) -> Config:
         raise UserError(f"{flag}: a --small detector has its own backbone and no weights; pass --no-small")
     if model.weights and model.backbone != "resnet50":
         raise UserError(f"--weights {model.weights}: torchvision has COCO weights for --backbone resnet50 alone")
+    if model.rpn and model.model == "libra_retinanet":
+        raise UserError("--rpn: RetinaNet has no RPN; pass --no-rpn")
+    if training.opt == "sgd_nesterov" and training.momentum == 0:
+        raise UserError("--momentum 0: --opt sgd_nesterov needs one")
+    if run.test_only and not (run.resume or model.weights):
+        raise UserError("--test-only: there are no trained weights; pass --resume FILE, or --weights NAME")
     values = config.values()
     if training.lr is None:
         values["lr"] = paper_lr(config)

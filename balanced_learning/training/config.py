@@ -6,6 +6,8 @@ The defaults are the paper's 1x schedule on COCO.
 """
 
 import argparse
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,18 +24,24 @@ def _setting(default: Any, help: str, *aliases: str, binds: str = FREE, **argume
     return field(default=default, metadata=metadata)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """Returns a parser of finite numbers from ``low`` to ``high``."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"must be a {whole}number, got {text!r}") from None
+        if not (low <= value <= high and math.isfinite(value)):
+            bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        return value
+
+    return parse
 
 
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
+_positive, _not_negative, _amount = _number(int, 1), _number(int, 0), _number(float, 0)
 
 
 def _name_or_none(text: str) -> str | None:
@@ -87,7 +95,7 @@ class ModelConfig:
     trainable_backbone_layers: int | None = _setting(
         None, "stages trained, from the last", binds=COURSE, type=int, choices=range(6)
     )
-    rpn_score_thresh: float = _setting(0.0, "lowest objectness of a proposal", binds=COURSE, type=float)
+    rpn_score_thresh: float = _setting(0.0, "lowest objectness of a proposal", binds=COURSE, type=_amount)
     min_size: int = _setting(800, "shorter side of an image, in pixels", binds=MODEL, type=_positive)
     max_size: int = _setting(1333, "longer side at most, in pixels", binds=MODEL, type=_positive)
     sync_bn: bool = _setting(False, "synchronize batch norm over processes", binds=COURSE)
@@ -105,21 +113,25 @@ class TrainingConfig:
         f"learning rate, used as given; by default the paper's for {PAPER_IMAGES} images an iteration (Faster R-CNN "
         "0.02, RetinaNet 0.01), scaled linearly with the images of all processes",
         binds=COURSE,
-        type=float,
+        type=_amount,
     )
-    momentum: float = _setting(0.9, "of SGD", binds=COURSE, type=float)
-    weight_decay: float = _setting(1e-4, "weight decay", "--wd", binds=COURSE, type=float)
+    momentum: float = _setting(0.9, "of SGD", binds=COURSE, type=_amount)
+    weight_decay: float = _setting(1e-4, "weight decay", "--wd", binds=COURSE, type=_amount)
     norm_weight_decay: float | None = _setting(
-        None, "weight decay of normalization layers, if another", binds=COURSE, type=float
+        None, "weight decay of normalization layers, if another", binds=COURSE, type=_amount
     )
     lr_scheduler: str = _setting(
         "multisteplr", "decay of the learning rate", binds=COURSE, choices=["multisteplr", "cosineannealinglr"]
     )
-    lr_steps: tuple[int, ...] = _setting((8, 11), "epochs after which lr drops", binds=COURSE, type=int, nargs="*")
-    lr_gamma: float = _setting(0.1, "factor of a drop", binds=COURSE, type=float)
+    lr_steps: tuple[int, ...] = _setting(
+        (8, 11), "epochs after which lr drops", binds=COURSE, type=_not_negative, nargs="*"
+    )
+    lr_gamma: float = _setting(0.1, "factor of a drop", binds=COURSE, type=_amount)
     warmup_iters: int = _setting(500, "iterations of linear warm-up", binds=COURSE, type=_not_negative)
-    warmup_factor: float = _setting(1 / 3, "share of lr that the warm-up starts from", binds=COURSE, type=float)
-    clip_grad_norm: float = _setting(35.0, "largest norm of the gradient; 0: any", binds=COURSE, type=float)
+    warmup_factor: float = _setting(
+        1 / 3, "share of lr that the warm-up starts from", binds=COURSE, type=_number(float, 1e-6, 1)
+    )
+    clip_grad_norm: float = _setting(35.0, "largest norm of the gradient; 0: any", binds=COURSE, type=_amount)
     amp: str | None = _setting(
         None,
         "mixed precision; without a value fp16",
@@ -163,7 +175,13 @@ class Config:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "Config":
-        """Makes a configuration of values by the names of the settings; those left out have their defaults."""
+        """Makes a configuration of values by the names of the settings; those left out have their defaults.
+
+        Raises:
+            TypeError: for a name that no setting has.
+        """
+        if unknown := values.keys() - setting_fields().keys():
+            raise TypeError(f"no setting is called {min(unknown)!r}")
         groups = {group.name: group.type for group in fields(cls)}
         return cls(**{name: make(**_part(values, make)) for name, make in groups.items()})  # type: ignore[operator]
 
@@ -176,7 +194,7 @@ class Config:
         return {name: str(value) if isinstance(value, Path) else value for name, value in self.values().items()}
 
 
-def settings() -> dict[str, Any]:
+def setting_fields() -> dict[str, Any]:
     """The field of each setting by its name."""
     return {setting.name: setting for group in fields(Config) for setting in fields(group.type)}  # type: ignore[arg-type]
 

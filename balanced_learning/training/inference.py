@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from balanced_learning.training import distributed, randomness
+from balanced_learning.training import distributed
 from balanced_learning.training.checkpoint import Checkpoint
 from balanced_learning.training.config import Config
 from balanced_learning.training.data.batching import DetectionLoader
@@ -14,7 +14,7 @@ from balanced_learning.training.data.dataset import DetectionDataset
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.data.splits import read_splits
 from balanced_learning.training.errors import UserError
-from balanced_learning.training.model import build_model
+from balanced_learning.training.model import make_model
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.reporting.progress import Progress
 
@@ -36,8 +36,7 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Any:
         UserError: if the file is no checkpoint of the training program.
     """
     checkpoint = Checkpoint.load(Path(path))
-    detector: Any = build_model(checkpoint.config, checkpoint.labels.num_classes, pretrained=False)
-    checkpoint.restore({"model": detector})
+    detector = make_model(checkpoint.config, checkpoint.labels, checkpoint)
     detector.categories = checkpoint.labels.names
     return detector.to(device).eval()
 
@@ -49,17 +48,15 @@ def detector_and_images(config: Config, checkpoint: Checkpoint | None) -> tuple[
         The detector in evaluation mode, on the device of the configuration, with the weights of the checkpoint if there
         is one, and the images with their targets.
     """
+    device = distributed.start(config.run.device, config.run.dist_url)
     train, _ = read_splits(config)
     labels = checkpoint.labels if checkpoint else Labels.of(train, config.model.weights)
-    randomness.seed_all(config.training.seed, "weights")
-    detector: Any = build_model(config, labels.num_classes, pretrained=checkpoint is None)
     if checkpoint:
-        labels.check(train, checkpoint.path)
-        checkpoint.restore({"model": detector})
+        checkpoint.check_data(train, iterations=None)
+    detector = make_model(config, labels, checkpoint)
     images = [image for image in train.images if train.boxes(image)][: config.training.batch_size]
     if not images:
         raise UserError(f"{train.json_file}: no image has a box")
-    device = distributed.start(config.run.device, config.run.dist_url)
     return detector.to(device).eval(), DetectionDataset(train, labels.label_of, images)
 
 

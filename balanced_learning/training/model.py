@@ -19,8 +19,24 @@ from balanced_learning.detection import (
     libra_retinanet,
     libra_retinanet_resnet50_fpn,
 )
+from balanced_learning.training import randomness
+from balanced_learning.training.checkpoint import Checkpoint
 from balanced_learning.training.config import Config
+from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
+
+
+def make_model(config: Config, labels: Labels, checkpoint: Checkpoint | None) -> Any:
+    """Builds the model of a run on the CPU, with the weights of its checkpoint or those that it starts from.
+
+    Raises:
+        UserError: as :func:`build_model`, or if the checkpoint does not fit.
+    """
+    with randomness.seeded(config.training.seed, "weights"):
+        model = build_model(config, labels.num_classes, pretrained=checkpoint is None)
+    if checkpoint:
+        checkpoint.restore({"model": model})
+    return model
 
 
 def build_model(config: Config, num_classes: int, *, pretrained: bool = True) -> FasterRCNN | RetinaNet:

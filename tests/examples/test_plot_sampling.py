@@ -5,7 +5,7 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 from balanced_learning import IoUBalancedSampler
 from balanced_learning.detection.imbalance import MatchedProposals, negative_iou_shares
-from examples import plot_sampling
+from examples import plot_sampling, train_torchvision_libra
 from tests.small import SMALL
 
 
@@ -57,3 +57,10 @@ def test_real_images(real_data, tmp_path, capsys):
 def test_retinanet_samples_nothing(coco_root, tmp_path):
     with pytest.raises(SystemExit, match="--model libra_retinanet: it trains on all anchors"):
         plot_sampling.main(["--data-path", str(coco_root), "--model", "libra_retinanet", "--output-dir", str(tmp_path)])
+
+
+def test_a_trained_baseline_is_drawn_with_another_batch_size(coco_root, tmp_path, capsys):
+    options = ["--data-path", str(coco_root), *SMALL, "--no-sampler"]
+    train_torchvision_libra.main([*options, "--output-dir", str(tmp_path)])
+    plot_sampling.main(["--resume", str(tmp_path / "checkpoint.pth"), "-b", "1", "--sampler"])
+    assert (tmp_path / "sampling_ious.png").exists()

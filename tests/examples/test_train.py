@@ -7,15 +7,18 @@ import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
+from torch import nn
 
+from balanced_learning.training import distributed
 from balanced_learning.training.data import splits
 from balanced_learning.training.data.shapes import shapes_dataset
 from examples import train_torchvision_libra
-from tests.small import SMALL
+from tests.small import SMALL, fingerprint
 
 
 @pytest.fixture
@@ -85,15 +88,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, coco_root, train, m
     assert [row["lr"] for row in rows(tmp_path / "whole")] == pytest.approx([0.01, 0.001])
 
 
+@pytest.fixture
+def _fingerprint(monkeypatch):
+    monkeypatch.setattr(train_torchvision_libra, "coco_metrics", fingerprint)
+
+
+@pytest.mark.usefixtures("_fingerprint")
 def test_test_only_repeats_the_evaluation(tmp_path, coco_root, train):
     options = ["--data-path", coco_root, *SMALL, "--output-dir", tmp_path]
     train(*options)
     before = [(tmp_path / name).read_bytes() for name in ("checkpoint.pth", "args.json")]
-    train(*options, "--test-only", "--resume", tmp_path / "checkpoint.pth", "--coco-backend", "pycocotools")
+    train(*options, "--test-only", "--resume", tmp_path / "checkpoint.pth")
     tested = json.loads((tmp_path / "evaluation_test.json").read_text())
     assert tested.items() <= rows(tmp_path)[0].items()
     assert before == [(tmp_path / name).read_bytes() for name in ("checkpoint.pth", "args.json")]
     assert (tmp_path / "evaluation_test.png").exists()
+
+
+def test_the_other_backend_evaluates_too(tmp_path, coco_root, train):
+    options = ["--data-path", coco_root, *SMALL, "--output-dir", tmp_path]
+    train(*options)
+    train("--resume", tmp_path / "checkpoint.pth", "--test-only", "--coco-backend", "pycocotools")
+    assert json.loads((tmp_path / "evaluation_test.json").read_text()).items() <= rows(tmp_path)[0].items()
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -128,6 +144,7 @@ def test_a_bare_resume_goes_on_as_the_run_began(tmp_path, coco_root, train):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+@pytest.mark.usefixtures("_fingerprint")
 def test_test_only_reads_the_sizes_of_the_checkpoint(tmp_path, coco_root, train, error):
     train("--data-path", coco_root, *SMALL, "--output-dir", tmp_path / "run")
     file = tmp_path / "run" / "checkpoint.pth"
@@ -148,25 +165,69 @@ def test_the_best_checkpoint_is_kept(tmp_path, coco_root, train, monkeypatch):
     assert epochs == [3, 1]
 
 
+TWO_PROCESSES = """
+import sys
+from examples import train_torchvision_libra
+from tests.small import fingerprint
+train_torchvision_libra.coco_metrics = fingerprint
+train_torchvision_libra.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.usefixtures("_fingerprint")
 def test_two_processes_evaluate_an_odd_number_of_images_once_each(tmp_path, coco_root, train):
     _add_images(coco_root, "train", 1)
     _add_images(coco_root, "val", 2)
+    (tmp_path / "program.py").write_text(TWO_PROCESSES)
     options = ["--data-path", coco_root, *SMALL, "-b", 1]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    command = [*launch, train_torchvision_libra.__file__, *options, "--output-dir", tmp_path / "two"]
+    command = [*launch, tmp_path / "program.py", *options, "--output-dir", tmp_path / "two"]
+    paths = [*(path for path in sys.path if "site-packages" in path), str(Path(__file__).parents[2])]
     result = subprocess.run(
         [str(word) for word in command],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("AP50") == 1
     saved = tmp_path / "two" / "checkpoint.pth"
-    train(*options, "--test-only", "--resume", saved, "--output-dir", tmp_path / "one")
+    train("--test-only", "--resume", saved, "--output-dir", tmp_path / "one")
     alone = json.loads((tmp_path / "one" / "evaluation_test.json").read_text())
-    assert alone.items() <= rows(tmp_path / "two")[0].items()
+    together = {name: rows(tmp_path / "two")[0][name] for name in alone}
+    assert together == pytest.approx(alone, rel=1e-4)
+
+
+class Recorder(nn.Module):
+    """In place of a detector: records the images of each step, and what the model draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.steps = []
+
+    def forward(self, images, targets=None):
+        if not self.training:
+            return [{"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0)} for _ in images]
+        self.steps.append((tuple(image.double().sum().item() for image in images), torch.rand(()).item()))
+        return {"loss_of_nothing": 0 * self.weight}
+
+
+def test_seeds_epochs_and_processes_share_no_draw(tmp_path, coco_root, train, monkeypatch):
+    _add_images(coco_root, "train", 8)
+    options = ["--data-path", coco_root, *SMALL, "--epochs", 3, "--data-augmentation", "ssd"]
+    images, draws = [], []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        for seed in (0, 1):
+            recorder = Recorder()
+            monkeypatch.setattr(train_torchvision_libra, "make_model", lambda *_, recorder=recorder: recorder)
+            train(*options, "--seed", seed, "--output-dir", tmp_path / f"{seed}-{rank}")
+            images += [step[0] for step in recorder.steps]
+            draws += [step[1] for step in recorder.steps]
+    assert len(draws) == len(set(draws)) == 2 * 2 * 3 * 5
+    assert len(images) == len(set(images))
 
 
 def _add_images(root, split, count):
@@ -293,3 +354,14 @@ def test_real_coco_images_at_full_size(tmp_path, real_data, train, model):
     train(*options, "--epochs", 2, "--resume", tmp_path / "checkpoint.pth")
     assert [row["epoch"] for row in rows(tmp_path)] == [0, 1]
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path))
+
+
+def test_a_run_that_goes_on_in_another_folder_keeps_its_history(tmp_path, coco_root, train, monkeypatch):
+    scores = iter([0.5, 0.2, 0.3, 0.4, 0.6])
+    monkeypatch.setattr(train_torchvision_libra, "coco_metrics", lambda *_: {"AP": next(scores)})
+    train("--data-path", coco_root, *SMALL, "--epochs", 2, "--output-dir", tmp_path / "first")
+    train("--resume", tmp_path / "first" / "checkpoint_best.pth", "--output-dir", tmp_path / "other", "--epochs", 3)
+    assert [row["AP"] for row in rows(tmp_path / "other")] == [0.5, 0.3, 0.4]
+    assert not (tmp_path / "other" / "checkpoint_best.pth").exists()
+    train("--resume", tmp_path / "other" / "checkpoint.pth", "--epochs", 4)
+    assert torch.load(tmp_path / "other" / "checkpoint_best.pth")["epoch"] == 3

@@ -82,7 +82,7 @@ def test_other_data_is_refused(saved):
         checkpoint.check_data(split, 7)
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 broken zip"])
+@pytest.mark.parametrize("content", [b"", b"\x80", b"no checkpoint", b"PK\x03\x04 broken zip"])
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.pth: not a checkpoint"):
@@ -109,9 +109,23 @@ def test_a_setting_of_a_later_version_is_named(saved):
         Checkpoint.load(saved[0])
 
 
-def test_a_folder_with_another_run_is_refused_until_it_goes_on(saved):
-    folder = saved[0].parent
+def test_a_folder_with_another_run_is_refused_until_it_goes_on(saved, tmp_path):
+    path, model = saved
+    config = Config.of({"output_dir": tmp_path})
     with pytest.raises(UserError, match=r"holds checkpoint\.pth; --resume"):
-        prepare_folder(Config.of({"output_dir": folder}))
-    prepare_folder(Config.of({"output_dir": folder, "resume": folder / "checkpoint_best.pth"}))
-    prepare_folder(Config.of({"output_dir": folder, "test_only": True}))
+        prepare_folder(config, None)
+    prepare_folder(config, Checkpoint.load(path))
+    prepare_folder(Config.of({"output_dir": tmp_path, "test_only": True}), None)
+    best = tmp_path / "checkpoint_best.pth"
+    save(best, {"model": model}, **STATE)
+    prepare_folder(config, Checkpoint.load(best))
+    save(best, {"model": model}, **STATE | {"epoch": 1})
+    with pytest.raises(UserError, match=r"checkpoint\.pth is of a later epoch; name another --output-dir"):
+        prepare_folder(config, Checkpoint.load(best))
+
+
+@pytest.mark.parametrize("config", [None, [], 5, {"data_path": 5}])
+def test_settings_of_another_type_are_no_settings(saved, config):
+    torch.save(torch.load(saved[0]) | {"config": config}, saved[0])
+    with pytest.raises(UserError, match=r"checkpoint\.pth: its settings cannot be read"):
+        Checkpoint.load(saved[0])

@@ -5,7 +5,7 @@ import torch
 
 from balanced_learning.training.checkpoint import save
 from balanced_learning.training.command_line import lr_note, make_parser, read_command_line, read_recipe
-from balanced_learning.training.config import Config, settings
+from balanced_learning.training.config import Config, setting_fields
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
 from tests.small import config_of
@@ -73,7 +73,12 @@ def test_a_recipe_of_ones_own(tmp_path):
         ("epochs = 1", "'epochs' is none of its tables"),
         ("[training]\nepochs = 0", "--epochs: must be at least 1, got 0"),
         ("[training]\nopt = 'magic'", "--opt: invalid choice"),
-        ("[training]\namp = true", "--amp: invalid choice"),
+        ("[training]\namp = true", r"\[training\] amp must be one value, got True"),
+        ("[model]\nmin_size = [64, 96]", r"\[model\] min_size must be one value"),
+        ("[data]\nkeep_empty = []", r"\[data\] keep_empty must be true or false"),
+        ("[training]\nlr_steps = 3", r"\[training\] lr_steps must be a list"),
+        ("[training]\nlr = nan", "--lr: must be at least 0, got nan"),
+        ("[training]\nepochs = 1.5", "--epochs: must be a whole number, got '1.5'"),
         ("not toml", "cannot be read"),
     ],
 )
@@ -108,7 +113,7 @@ def test_a_new_run_gets_a_new_folder_whatever_the_data_is_called(tmp_path):
 def checkpoint(tmp_path):
     """A checkpoint with another value than the default for each setting that has choices or is a number."""
     values = {"min_size": 64, "backbone": "resnet18", "lr": 0.03, "lr_scheduler": "cosineannealinglr", "epochs": 6}
-    config = Config.of({**values, "device": "cuda", "output_dir": tmp_path / "elsewhere", "test_only": True})
+    config = Config.of({**values, "device": "cuda", "output_dir": tmp_path / "elsewhere", "tensorboard": True})
     labels = Labels({1: "thing"}, {1: 1}, 2)
     save(tmp_path / "checkpoint.pth", {}, config=config, labels=labels, epoch=0, iterations=1)
     content = torch.load(tmp_path / "checkpoint.pth")
@@ -119,7 +124,8 @@ def checkpoint(tmp_path):
 def test_a_checkpoint_brings_its_settings(checkpoint):
     config = config_of("--resume", checkpoint, "-j", 7)
     assert (config.model.min_size, config.model.backbone, config.training.lr) == (64, "resnet18", 0.03)
-    assert (config.data.workers, config.run.output_dir, config.run.test_only) == (7, checkpoint.parent, False)
+    assert (config.data.workers, config.run.output_dir) == (7, checkpoint.parent)
+    assert (config.run.device, config.run.tensorboard) == ("auto", True)
 
 
 OTHER = {
@@ -132,15 +138,17 @@ OTHER = {
     "weights_backbone": ["none"],
     "amp": ["bf16"],
     "lr_steps": ["1"],
+    "warmup_factor": ["0.5"],
     "trainable_backbone_layers": ["1"],
 }
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, setting in settings().items() if setting.metadata["binds"] != "free" or name == "epochs"]
+    "name",
+    [name for name, setting in setting_fields().items() if setting.metadata["binds"] != "free" or name == "epochs"],
 )
 def test_each_setting_that_binds_is_refused_by_its_flag(checkpoint, name):
-    default = settings()[name].default
+    default = setting_fields()[name].default
     flag = f"--{name.replace('_', '-')}"
     if isinstance(default, bool):
         words = [flag if not default else flag.replace("--", "--no-")]
@@ -149,10 +157,46 @@ def test_each_setting_that_binds_is_refused_by_its_flag(checkpoint, name):
     given = make_parser().parse_args(["--resume", str(checkpoint), *words])
     with pytest.raises(UserError, match=f"^{words[0]}.*checkpoint.pth was made with .*{flag[2:]}"):
         read_command_line(given)
-    if settings()[name].metadata["binds"] != "model":
+    if setting_fields()[name].metadata["binds"] != "model":
         given.test_only = True
         read_command_line(given)
 
 
 def test_repeating_what_a_checkpoint_says_is_no_contradiction(checkpoint):
     assert config_of("--resume", checkpoint, "--min-size", 64, "--lr", 0.03, "--epochs", 6).training.epochs == 6
+
+
+def test_a_recipe_can_name_the_checkpoint(checkpoint, tmp_path):
+    (tmp_path / "own.toml").write_text(f'[run]\nresume = "{checkpoint}"\n')
+    config, found = read_command_line(make_parser().parse_args(["--recipe", str(tmp_path / "own.toml")]))
+    assert (found.path, config.model.min_size) == (checkpoint, 64)
+
+
+def test_a_program_that_does_not_train_takes_other_settings_of_training(checkpoint):
+    given = make_parser().parse_args(["--resume", str(checkpoint), "-b", "8", "--sampler", "--seed", "3"])
+    assert read_command_line(given, trains=False)[0].training.batch_size == 8
+    with pytest.raises(UserError, match="--batch-size 8"):
+        read_command_line(given)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--test-only"], "--test-only: there are no trained weights"),
+        (["--model", "libra_retinanet", "--rpn"], "--rpn: RetinaNet has no RPN"),
+        (["--opt", "sgd_nesterov", "--momentum", 0], "--momentum 0: --opt sgd_nesterov needs one"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        config_of("--data-path", "coco", *flags)
+
+
+def test_an_epoch_to_start_from_is_refused_beside_a_checkpoint(checkpoint):
+    with pytest.raises(UserError, match="--start-epoch 4: --resume goes on after epoch 0"):
+        config_of("--resume", checkpoint, "--start-epoch", 4)
+
+
+def test_a_misspelt_setting_is_an_error():
+    with pytest.raises(TypeError, match="no setting is called 'min_sizes'"):
+        Config.of({"min_sizes": 3})

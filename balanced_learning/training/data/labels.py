@@ -36,8 +36,10 @@ class Labels:
 
             known = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
             for name in split.categories.values():
-                if name not in known:
+                if name not in known[1:]:  # the first is the background
                     raise UserError(f"--weights {weights}: they know no category {name!r}, which {split.json_file} has")
+                if list(split.categories.values()).count(name) > 1:
+                    raise UserError(f"--weights {weights}: {split.json_file} has several categories {name!r}")
             category_ids = {known.index(name): category_id for category_id, name in split.categories.items()}
             num_classes = len(known)
         names = {label: split.categories[category_id] for label, category_id in category_ids.items()}

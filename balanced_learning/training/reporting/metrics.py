@@ -38,6 +38,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def continue_rows(path: Path, before: Path, epoch: int) -> None:
+    """Begins the rows of a run that goes on in another folder with those of ``before``, up to the epoch."""
+    if path != before and not path.exists():
+        path.write_text("".join(json.dumps(row) + "\n" for row in read_rows(before) if row["epoch"] <= epoch))
+
+
 def is_best(rows: list[dict[str, Any]]) -> bool:
     """Whether the last of the rows has a higher AP than all before it."""
     *before, last = [row.get("AP") for row in rows]
