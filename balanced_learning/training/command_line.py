@@ -90,24 +90,28 @@ def read_recipe(name: str) -> dict[str, Any]:
         raise UserError(f"--recipe {name}: no such file, and the library's are {', '.join(sorted(own))}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--recipe {name}: cannot be read ({error})") from None
-    words: list[str] = []
-    groups = {group.name: {setting.name for setting in fields(group.type)} for group in fields(Config)}  # type: ignore[arg-type]
-    for table, values in content.items():
-        if table not in groups or not isinstance(values, dict):
-            raise UserError(f"--recipe {name}: {table!r} is none of its tables, {', '.join(groups)}")
-        for key, value in values.items():
-            if key not in groups[table]:
-                raise UserError(f"--recipe {name}: [{table}] has no setting {key!r}")
-            setting = setting_fields()[key]
-            is_switch = isinstance(setting.default, bool)
-            takes_list = setting.metadata["arguments"].get("nargs") == "*"
-            if isinstance(value, bool) != is_switch or isinstance(value, list) != takes_list:
-                wanted = "true or false" if is_switch else "a list" if takes_list else "one value"
-                raise UserError(f"--recipe {name}: [{table}] {key} must be {wanted}, got {value!r}")
-            words += _as_flag(key, value)
     parser = make_parser()
     parser.error = lambda message: _refuse(f"--recipe {name}: {message}")  # type: ignore[method-assign,assignment,return-value]
+    words = [word for table, values in content.items() for word in _table_as_flags(name, table, values)]
     return {key: _frozen(value) for key, value in vars(parser.parse_args(words)).items()}
+
+
+def _table_as_flags(recipe: str, table: str, values: Any) -> list[str]:
+    groups = {group.name: {setting.name for setting in fields(group.type)} for group in fields(Config)}  # type: ignore[arg-type]
+    if table not in groups or not isinstance(values, dict):
+        raise UserError(f"--recipe {recipe}: {table!r} is none of its tables, {', '.join(groups)}")
+    words: list[str] = []
+    for key, value in values.items():
+        if key not in groups[table]:
+            raise UserError(f"--recipe {recipe}: [{table}] has no setting {key!r}")
+        setting = setting_fields()[key]
+        is_switch = isinstance(setting.default, bool)
+        takes_list = setting.metadata["arguments"].get("nargs") == "*"
+        if isinstance(value, bool) != is_switch or isinstance(value, list) != takes_list:
+            wanted = "true or false" if is_switch else "a list" if takes_list else "one value"
+            raise UserError(f"--recipe {recipe}: [{table}] {key} must be {wanted}, got {value!r}")
+        words += _as_flag(key, value)
+    return words
 
 
 def _recipes() -> Any:
