@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from balanced_learning.training.model import build_model
 from examples import plot_pyramid, train_torchvision_libra
-from tests.small import SMALL, config_of
+from tests.training.small import SMALL, config_of
 
 
 def shape_and_colors(path) -> tuple[tuple[int, int], int]:

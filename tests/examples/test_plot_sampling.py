@@ -6,7 +6,7 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from balanced_learning import IoUBalancedSampler
 from balanced_learning.detection.imbalance import MatchedProposals, negative_iou_shares
 from examples import plot_sampling, train_torchvision_libra
-from tests.small import SMALL
+from tests.training.small import SMALL
 
 
 def proposals(ious: torch.Tensor) -> MatchedProposals:

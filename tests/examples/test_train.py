@@ -18,7 +18,7 @@ from balanced_learning.training import distributed
 from balanced_learning.training.data import splits
 from balanced_learning.training.data.shapes import shapes_dataset
 from examples import train_torchvision_libra
-from tests.small import SMALL, fingerprint
+from tests.training.small import SMALL, fingerprint
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, coco_root, train, monkeypatch):
 TWO_PROCESSES = """
 import sys
 from examples import train_torchvision_libra
-from tests.small import fingerprint
+from tests.training.small import fingerprint
 train_torchvision_libra.coco_metrics = fingerprint
 train_torchvision_libra.main(sys.argv[1:])
 """

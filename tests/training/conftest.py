@@ -1,5 +1,5 @@
 """Fixtures of data sets in COCO layout."""
 
-from tests.coco_data import coco_root, edit, real_data
+from tests.training.coco_data import coco_root, edit, real_data
 
 __all__ = ["coco_root", "edit", "real_data"]

@@ -8,7 +8,7 @@ from balanced_learning.training.command_line import lr_note, make_parser, read_c
 from balanced_learning.training.config import Config, setting_fields
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
-from tests.small import config_of
+from tests.training.small import config_of
 
 # The flags of torchvision's reference script and of this library's first version, which keep their names.
 FLAGS = """

@@ -10,7 +10,7 @@ from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.model import build_model
 from examples import train_torchvision_libra
-from tests.small import SMALL, config_of
+from tests.training.small import SMALL, config_of
 
 
 def test_a_trained_detector_is_loaded_with_its_categories(coco_root, tmp_path):

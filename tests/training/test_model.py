@@ -4,7 +4,7 @@ import torch
 from balanced_learning.training.data.coco import read_split
 from balanced_learning.training.data.dataset import DetectionDataset
 from balanced_learning.training.model import build_model
-from tests.small import config_of
+from tests.training.small import config_of
 
 
 @pytest.mark.parametrize("size", [(40, 33), (128, 96)])

@@ -7,7 +7,7 @@ from balanced_learning.detection.matching import Matches
 from balanced_learning.detection.stages import taking_labels
 from balanced_learning.training.reporting.tensorboard import ObservedSampler
 from examples.train_torchvision_libra import main
-from tests.small import SMALL
+from tests.training.small import SMALL
 
 LABELS, IOUS = torch.tensor([1, 0, 0, 0, -1]), torch.tensor([0.9, 0.1, 0.2, 0.4, 0.5])
 
