@@ -1,7 +1,8 @@
 """IoU-balanced negatives and instance-balanced positives.
 
 :class:`IoUBalancedSampler` holds the settings and draws for all images of a batch at once: by the compiled op where
-there is one, otherwise in a fixed number of tensor operations, whatever the batch, that wait for the device once.
+there is one (see :func:`~balanced_learning.use_kernels`), otherwise in a fixed number of tensor operations, whatever
+the batch, that wait for the device once.
 """
 
 from collections.abc import Sequence
@@ -135,7 +136,7 @@ class IoUBalancedSampler:
         return int(self.batch_size_per_image * self.positive_fraction)
 
     def _draw(self, *batch: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """As :func:`_ops.iou_balanced_sample`, in tensor operations over the T candidates of all B images."""
+        """Draws as :func:`_ops.iou_balanced_sample`, in tensor operations over the T candidates of all B images."""
         sizes = [len(image) for image in batch[0]]
         labels, ious, matched_idxs = (torch.cat(list(column)) for column in batch)  # [T]
         image = _image_of_each(sizes, labels.device)

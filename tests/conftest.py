@@ -43,7 +43,7 @@ def kernels(request):
     """Runs the test with the kernels for its device, and skips it where there are none."""
     device = torch.device(request.getfixturevalue("device") if "device" in request.fixturenames else "cpu")
     if not _backend.has_kernels(device):
-        pytest.skip(f"no kernels for {device} here: {backend_info()['kernels']}")
+        pytest.skip(f"no kernels for {device} here; the header says why")
     with use_kernels(True):
         yield
 

@@ -151,7 +151,7 @@ def test_a_loss_goes_backward_as_it_went_forward() -> None:
 
 
 def test_kernels_that_are_absent_are_not_used_if_switched_on(bare: Path) -> None:
-    assert run(bare, BALANCED_LEARNING_KERNELS="1").stdout == run(bare).stdout
+    assert run(bare, BALANCED_LEARNING_KERNELS="1").stdout.count("not built") == 2
 
 
 @pytest.mark.usefixtures("kernels")
