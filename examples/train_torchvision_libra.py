@@ -75,7 +75,7 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
     first_epoch = config.run.start_epoch
     folder = config.run.output_dir
     if checkpoint:
-        checkpoint.restore(parts)
+        checkpoint.restore({name: part for name, part in parts.items() if name != "model"})  # which has its weights
         first_epoch = checkpoint.epoch + 1
         say(f"continuing from {checkpoint.path}, after epoch {checkpoint.epoch}, to {config.training.epochs} epochs")
         if is_main:

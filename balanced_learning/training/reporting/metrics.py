@@ -28,9 +28,7 @@ def write_row(path: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
     """Appends the row of an epoch, in place of one of the same or a later epoch, and returns all rows."""
     rows = [r for r in read_rows(path) if r["epoch"] < row["epoch"]]
     rows.append(row)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    unfinished.replace(path)
+    _write_rows(path, rows)
     return rows
 
 
@@ -41,7 +39,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def continue_rows(path: Path, before: Path, epoch: int) -> None:
     """Begins the rows of a run that goes on in another folder with those of ``before``, up to the epoch."""
     if path != before and not path.exists():
-        path.write_text("".join(json.dumps(row) + "\n" for row in read_rows(before) if row["epoch"] <= epoch))
+        _write_rows(path, [row for row in read_rows(before) if row["epoch"] <= epoch])
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes beside the file, then renames it, so that it is never half written."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    unfinished.replace(path)
 
 
 def is_best(rows: list[dict[str, Any]]) -> bool:
