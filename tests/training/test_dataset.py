@@ -107,5 +107,5 @@ def test_an_image_spoilt_since_the_check_is_named(coco_root):
     dataset = DetectionDataset(read_split(coco_root, "train2017"), {90: 1, 3: 2})
     file = coco_root / "train2017" / "11.png"
     file.write_bytes(file.read_bytes()[:60])
-    with pytest.raises(UserError, match=f"{file}: unreadable image"):
+    with pytest.raises(UserError, match=f"{file} is unreadable"):
         dataset[0]

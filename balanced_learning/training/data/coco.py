@@ -7,13 +7,14 @@ data/annotations/instances_val2017.json      data/val2017/*.jpg
 import json
 import math
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
+from balanced_learning.training.data.file_names import find_file, tell_found
+from balanced_learning.training.data.images import check_file
 from balanced_learning.training.errors import UserError
 
 Entry = dict[str, Any]
@@ -102,14 +103,6 @@ def read_split(root: Path, name: str, *, limit: int | None = None) -> Split:
     return split
 
 
-def load_image(path: Path) -> Image.Image:
-    """The image as RGB, whatever it is stored as."""
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{path}: unreadable image ({error})") from None
-
-
 def _load(json_file: Path) -> Entry:
     try:
         content = json.loads(json_file.read_bytes())
@@ -135,28 +128,37 @@ def _entries(content: Entry, key: str, json_file: Path, needs: dict[str, type]) 
 
 
 def _check_images(split: Split) -> None:
-    """Opens every file, without decoding it, and compares its size with the JSON, whose boxes depend on it."""
+    """Finds every file, and compares its size with the JSON, whose boxes depend on it, without decoding it."""
 
     def check(image: Entry) -> str | None:
-        path = split.image_dir / image["file_name"]
-        where = f"{split.json_file}: image {image['id']}: {path}"
-        try:
-            with Image.open(path) as file:
-                size, mode = file.size, file.mode
-        except FileNotFoundError:
-            return f"{where} is missing"
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
-            return f"{where} is unreadable ({error})"
-        if mode.startswith(("I", "F")):
-            return f"{where} has more than 8 bits a channel (mode {mode}); convert it"
-        stated = (image.setdefault("width", size[0]), image.setdefault("height", size[1]))
-        return None if stated == size else f"{where} is {size[0]} x {size[1]}, not {stated[0]} x {stated[1]}"
+        written = image["file_name"]
+        found = find_file(split.image_dir, written)
+        size, fault = check_file(split.image_dir / (found or written), (image["width"], image["height"]))
+        if size is None:
+            return f"{split.json_file}: image {image['id']}: {fault}"
+        image["file_name"], (image["width"], image["height"]) = found, size
+        return None
 
-    with ThreadPoolExecutor() as pool:
+    for image in split.images:
+        image |= {side: _pixels(split.json_file, image, side) for side in ("width", "height")}
+    names = [image["file_name"] for image in split.images]
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, which name no file
         faults = [fault for fault in pool.map(check, split.images) if fault]
     if faults:
         more = f" (and {len(faults) - 1} more like it)" if len(faults) > 1 else ""
         raise UserError(faults[0] + more)
+    tell_found(split.json_file, names, [image["file_name"] for image in split.images])
+
+
+def _pixels(json_file: Path, image: Entry, side: str) -> int | None:
+    value = image.get(side)
+    try:
+        if value is None or (int(value) == float(value) and not isinstance(value, bool)):
+            return value if value is None else int(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise UserError(f"{json_file}: image {image['id']}: {side} must be a whole number, got {value!r}")
 
 
 def _tell_empty_boxes(split: Split) -> None:

@@ -9,7 +9,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from balanced_learning.training import randomness
-from balanced_learning.training.data.coco import Entry, Split, load_image
+from balanced_learning.training.data.coco import Entry, Split
+from balanced_learning.training.data.images import load_image
 from balanced_learning.training.errors import UserError
 
 Target = dict[str, Any]
@@ -54,7 +55,8 @@ class DetectionDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         entry = self.images[index]
-        image = tv_tensors.Image(load_image(self.split.image_dir / entry["file_name"]))
+        path = self.split.image_dir / entry["file_name"]
+        image = tv_tensors.Image(load_image(path, (entry["width"], entry["height"])))
         annotations = self.split.boxes(entry)
         boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
         xywh = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=image.shape[-2:])
