@@ -1,5 +1,6 @@
 """Looks at all images of a split before anything is done with them."""
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,8 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from balanced_learning.training.data.columns import Columns
-from balanced_learning.training.data.images import check_file, find_file
-from balanced_learning.training.errors import UserError, warn
+from balanced_learning.training.data.file_names import find_file, tell_found
+from balanced_learning.training.data.images import check_file
+from balanced_learning.training.errors import UserError
 
 _PIECE = 128  # images that a thread looks at before it is given more
 
@@ -43,35 +45,20 @@ def check_images(columns: Columns, json_file: Path, image_dir: Path) -> Columns:
     Raises:
         UserError: if any is missing or cannot be used; for the first of them, with the number of all.
     """
+    written = [columns.file_name(i) for i in range(len(columns))]
 
     def check(i: int) -> tuple[str, tuple[int, int] | None, str | None]:
-        written = columns.file_name(i)
-        name = find_file(image_dir, written) or written
+        name = find_file(image_dir, written[i]) or written[i]
         size, fault = check_file(image_dir / name, (int(columns.widths[i]) or None, int(columns.heights[i]) or None))
         return name, size, fault
 
-    names, sizes, faults = zip(*for_every_image(check, len(columns), f"checking {image_dir.name}"), strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, which name no file
+        found = for_every_image(check, len(columns), f"checking {image_dir.name}")
+    names, sizes, faults = zip(*found, strict=True)
     faulty = [i for i, fault in enumerate(faults) if fault]
     if faulty:
         more = f" (and {len(faulty) - 1} more like it)" if len(faulty) > 1 else ""
         raise UserError(f"{json_file}: image {columns.image_ids[faulty[0]]}: {faults[faulty[0]]}{more}")
-    _tell_other_names(columns, names, json_file)
+    tell_found(json_file, written, names)
     return columns.with_images(names, np.array(sizes))
-
-
-def _tell_other_names(columns: Columns, found: tuple[str, ...], json_file: Path) -> None:
-    """Says which files were found under other names than they have in the JSON.
-
-    Raises:
-        UserError: if two names of the JSON lead to one file.
-    """
-    others = [i for i, name in enumerate(found) if name != columns.file_name(i)]
-    if not others:
-        return
-    written_as: dict[str, str] = {}
-    for i, name in enumerate(found):
-        written = columns.file_name(i)
-        if written_as.setdefault(name, written) != written:
-            raise UserError(f"{json_file}: {written_as[name]!r} and {written!r} both lead to the file {name!r}")
-    example = f"{columns.file_name(others[0])!r} as {found[others[0]]!r}"
-    warn(f"{json_file}: {len(others)} images are found under other names, such as {example}")

@@ -103,8 +103,8 @@ def decode_all(splits: list[Split]) -> str:
     example = " and ".join(f"{path.parent.name}/{printable(path.name)}" for path in groups[0][:2])
     num_across = sum(len({path.parent for path in paths}) > 1 for paths in groups)
     return (
-        f"all images can be decoded; {len(groups)} are there more than once, {num_across} of them in both splits, such as "
-        f"{example}"
+        f"all images can be decoded; {len(groups)} are there more than once, {num_across} of them in both splits, "
+        f"such as {example}"
     )
 
 

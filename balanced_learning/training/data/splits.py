@@ -5,14 +5,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from balanced_learning.training import distributed
-from balanced_learning.training.config import Config
+from balanced_learning.training.config import Config, ModelConfig
+from balanced_learning.training.data.augmentation import fault_when_resized
 from balanced_learning.training.data.coco import Split, read_split
 from balanced_learning.training.data.left_out import Cause
 from balanced_learning.training.data.report import decode_all, describe
 from balanced_learning.training.data.shapes import shapes_dataset
-from balanced_learning.training.errors import UserError, warn
+from balanced_learning.training.errors import UserError, printable, warn
 
 NAMES = ("train2017", "val2017")
 
@@ -37,6 +39,8 @@ def read_splits(config: Config) -> tuple[Split, Split]:
     if train.categories != val.categories:
         odd = set(train.categories.items()) ^ set(val.categories.items())
         raise UserError(f"{val.json_file}: other categories than in {train.json_file.name}, such as {min(odd)}")
+    _check_resizing(train, train.has_boxes() | config.data.keep_empty, config.model, config.data.data_augmentation)
+    _check_resizing(val, np.ones(len(val.images), bool), config.model)
     _tell_unlearned_categories(train, val)
     return train, val
 
@@ -57,6 +61,22 @@ def _read_and_report(read: Callable[[str], Split]) -> list[Split]:
     if errors:
         raise UserError("\n".join(errors))
     return splits
+
+
+def _check_resizing(split: Split, used: np.ndarray, options: ModelConfig, policy: str = "none") -> None:
+    columns = split.columns
+    widths, heights = torch.from_numpy(columns.widths[used]), torch.from_numpy(columns.heights[used])
+    sizes = {"min_size": options.min_size, "max_size": options.max_size}
+    faults = np.flatnonzero(used)[fault_when_resized(widths, heights, **sizes, policy=policy).numpy()]
+    if len(faults):
+        image = split.images[faults[0]]
+        flags = f"--min-size {options.min_size} --max-size {options.max_size}"
+        flags += f" --data-augmentation {policy}" if policy != "none" else ""
+        more = f" (and {len(faults) - 1} more like it)" if len(faults) > 1 else ""
+        raise UserError(
+            f"{split.json_file}: image {image['id']}: {printable(split.image_dir / image['file_name'])} of "
+            f"{image['width']} x {image['height']} shrinks to nothing with {flags}{more}"
+        )
 
 
 def _tell_unlearned_categories(train: Split, val: Split) -> None:
