@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw, ImageFile, ImageOps, features
+from PIL import Image, ImageDraw, ImageFile, ImageOps
 
 from balanced_learning.training.data.images import check_file, load_image
 from balanced_learning.training.errors import UserError
 
+Image.init()
 SIZE = (64, 48)
 FORMATS = {
     "jpg": {"quality": 95},
@@ -29,7 +30,7 @@ FORMATS = {
     "webp": {"lossless": True},
     "tif": {},
     "lzw.tif": {"compression": "tiff_lzw"},
-    **({"avif": {"quality": 95}} if features.check("avif") else {}),
+    **({"avif": {"quality": 95}} if "AVIF" in Image.SAVE else {}),
 }
 
 # Where the standard has the first pixel of the first row, and the last one of that row, once the image is upright.
@@ -219,7 +220,7 @@ HEADER_FAULTS = {
     "holds no pixels, but EPS": lambda path: drawing().save(path, "EPS"),
     "no pixels: it is 0 x 48|is unreadable": write(png(width=0)),
     "has more pixels than Pillow takes for safe": write(png(width=20000, height=20000)),
-    "Decompressed data too large": write(
+    "(?i:decompressed data too large)": write(
         png()[:33] + chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 27))) + png()[33:]
     ),
     "is 64 x 48, not 48 x 64": write(encoded("PNG")),
