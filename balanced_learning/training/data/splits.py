@@ -9,7 +9,7 @@ from balanced_learning.training.config import Config, ModelConfig
 from balanced_learning.training.data.augmentation import fault_when_resized
 from balanced_learning.training.data.coco import Entry, Split, read_split
 from balanced_learning.training.data.shapes import shapes_dataset
-from balanced_learning.training.errors import UserError
+from balanced_learning.training.errors import UserError, printable
 
 
 def read_splits(config: Config) -> tuple[Split, Split]:
@@ -35,12 +35,13 @@ def _check_resizing(split: Split, images: list[Entry], options: ModelConfig, pol
     faults = fault_when_resized(widths, heights, **sizes, policy=policy).nonzero()
     if len(faults):
         image = images[int(faults[0])]
+        path = printable(split.image_dir / image["file_name"])
         flags = f"--min-size {options.min_size} --max-size {options.max_size}"
         flags += f" --data-augmentation {policy}" if policy != "none" else ""
         more = f" (and {len(faults) - 1} more like it)" if len(faults) > 1 else ""
         raise UserError(
-            f"{split.json_file}: image {image['id']}: {split.image_dir / image['file_name']} of {image['width']} x "
-            f"{image['height']} shrinks to nothing with {flags}{more}"
+            f"{split.json_file}: image {image['id']}: {path} of {image['width']} x {image['height']} shrinks to "
+            f"nothing with {flags}{more}"
         )
 
 
