@@ -1,8 +1,15 @@
-"""The error that is the user's to mend."""
+"""The error that is the user's to mend, and the warning."""
+
+import sys
 
 
 class UserError(Exception):
     """Bad input; the message names the file, the entry or the flag. Programs print it without a traceback."""
+
+
+def warn(message: str) -> None:
+    """Tells of something in the data that is not as the user may think, on standard error."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def printable(text: object) -> str:

@@ -1,13 +1,12 @@
 """Image files under the names that exporters write: with backslashes, percent-encoded, or with folders of elsewhere."""
 
 import os
-import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote
 
-from balanced_learning.training.errors import UserError, printable
+from balanced_learning.training.errors import UserError, printable, warn
 
 
 def find_file(folder: str | Path, file_name: str) -> str | None:
@@ -50,10 +49,9 @@ def tell_found(json_file: Path, written: Sequence[str], found: Sequence[str]) ->
                 "only file like them"
             )
     name, file = map(printable, others[0])
-    print(
-        f"warning: {json_file}: {len(others)} of {len(written)} images were found under other names than written, the "
-        f"first as {file} for {name}",
-        file=sys.stderr,
+    warn(
+        f"{json_file}: {len(others)} of {len(written)} images were found under other names than written, the "
+        f"first as {file} for {name}"
     )
 
 
