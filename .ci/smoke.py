@@ -27,8 +27,7 @@ with balanced_learning.use_kernels(False):
     balanced_learning.balanced_l1_loss(other, target, reduction="sum").backward()
 torch.testing.assert_close(prediction.grad, other.grad)
 
-labels, ious = torch.zeros(2000), torch.linspace(0, 0.49, 2000)
-labels[:100] = 1
+labels, ious = (torch.arange(2000) < 100).long(), torch.linspace(0, 0.49, 2000)
 (positive,), (negative,) = balanced_learning.IoUBalancedSampler()([labels], [ious], [torch.arange(2000) % 7])
 assert int(positive.sum() + negative.sum()) == 512
 assert labels[positive.bool()].all()
@@ -36,10 +35,11 @@ assert not labels[negative.bool()].any()
 
 blocks = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "load_detector" not in block]
 assert blocks
+names: dict = {}
 with ExitStack() as stack:
     for owner, name in ((WeightsEnum, "get_state_dict"), (torch.nn.Module, "load_state_dict")):
         stack.enter_context(mock.patch.object(owner, name))
     for block in blocks:
-        exec(block, {})
+        exec(block, names)
 
 print(subprocess.run([sys.executable, "-m", "balanced_learning"], check=True, capture_output=True, text=True).stdout)
