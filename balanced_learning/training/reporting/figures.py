@@ -66,7 +66,7 @@ def save_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     """Draws the losses and the AP of all epochs."""
     epochs = [row["epoch"] for row in rows]
     figure, (losses, precision) = plt.subplots(1, 2, figsize=(11, 4))
-    for name in (n for n in rows[-1] if "loss" in n or n in ("classification", "bbox_regression")):
+    for name in (n for n in rows[-1] if ("loss" in n and "/" not in n) or n in ("classification", "bbox_regression")):
         losses.plot(epochs, [row.get(name, math.nan) for row in rows], label=name, marker=".")
     for name in ("AP", "AP50", "AP75"):
         values = [row.get(name) for row in rows]
