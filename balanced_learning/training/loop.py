@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -63,7 +64,7 @@ def train_one_epoch(
     return means | {"lr": lr, "images_per_second": num_images / seconds, "seconds": seconds}
 
 
-def _losses(model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _losses(model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Any]:
     try:
         return model(images, targets)
     except ValueError as error:

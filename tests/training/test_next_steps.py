@@ -11,8 +11,16 @@ from tests.training.small import config_of
 PROGRAMS = Path("/programs")
 
 
-def said(*flags, rows):
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+
+
+def said(*flags, rows, has_best=True):
     config = config_of("--output-dir", "out", *flags)
+    if has_best:
+        Path("out/checkpoint_best.pth").touch()
     return next_steps(config, rows, PROGRAMS, Path("my images/val2017")).splitlines()
 
 
@@ -46,14 +54,14 @@ def test_only_what_the_model_has_is_named(flags, programs):
     assert {Path(line.partition(": ")[2].split()[1]).name for line in lines[1:]} == programs
 
 
-def test_without_average_precision_the_last_checkpoint_is_named():
-    lines = said(rows=[{"epoch": 0, "AP": None}, {"epoch": 1, "AP": None}])
-    assert "not evaluated after epoch 1" in lines[0]
-    assert "out/checkpoint.pth" in lines[1]
+@pytest.mark.parametrize("first", [{"epoch": 0, "AP": None}, {"epoch": 0, "AP": 0.9}])
+def test_without_a_best_checkpoint_the_last_one_is_named(first):
+    done, detect, *_ = said(rows=[first, {"epoch": 1, "AP": None}], has_best=False)
+    assert "not evaluated after epoch 1" in done
+    assert "out/checkpoint.pth" in detect
 
 
 def test_python_is_named_from_the_folder_one_is_in(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
     lines = said(rows=[{"epoch": 0, "AP": 0.1}])
-    assert ".venv/bin/python /programs/predict.py" in lines[1]
+    assert ".venv/bin/python /programs/predict.py" in lines[1].split(": ")[1].strip()
