@@ -12,6 +12,7 @@ of predictions beside the ground truth. checkpoint_best.pth is the checkpoint wi
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ from balanced_learning.training.loop import train_one_epoch
 from balanced_learning.training.model import make_model
 from balanced_learning.training.optimization import Precision, make_optimizer, make_scheduler
 from balanced_learning.training.reporting.figures import save_curves, save_predictions
-from balanced_learning.training.reporting.metrics import continue_rows, is_best, write_config, write_row
+from balanced_learning.training.reporting.metrics import continue_rows, is_best, read_rows, write_config, write_row
+from balanced_learning.training.reporting.next_steps import next_steps
 from balanced_learning.training.reporting.tables import report, summary
 from balanced_learning.training.reporting.tensorboard import TensorBoard
 
@@ -105,7 +107,8 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
                 save(folder / "checkpoint_best.pth", parts, **state)
         if tensorboard:
             tensorboard.write(row)
-    say(f"done: {folder}")
+    if is_main:
+        print(next_steps(config, read_rows(folder / "metrics.jsonl"), Path(__file__).parent, val.image_dir))
 
 
 def evaluate(

@@ -62,7 +62,12 @@ def test_without_data_it_draws_trains_evaluates_and_reports(tmp_path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(splits, "shapes_dataset", partial(shapes_dataset, train=8, val=2))
     out = tmp_path / "out"
-    assert "AP50" in train("--epochs", 2, "--output-dir", out)
+    said = train("--epochs", 2, "--output-dir", out)
+    assert "AP50" in said
+    done, *commands = said[said.index("done: ") :].splitlines()
+    assert f"look at {out / 'curves.png'} and evaluation_0" in done
+    assert 2 <= len(commands) <= 5
+    assert f"{out / 'checkpoint_best.pth'} {tmp_path / 'cache/balanced-learning/shapes-8-2-0/val2017'}" in commands[0]
     assert {file.name for file in out.iterdir()} == {
         "args.json",
         "checkpoint.pth",
@@ -306,6 +311,13 @@ def test_wrong_options_are_named(tmp_path, coco_root, error, options, message):
 )
 def test_a_model_that_torchvision_does_not_have_is_named(tmp_path, coco_root, error, options, message):
     assert re.search(message, error("--data-path", coco_root, "--device", "cpu", "--output-dir", tmp_path, *options))
+
+
+def test_batch_norm_that_meets_one_pixel_is_named(tmp_path, coco_root, error):
+    options = ["--backbone", "resnet18", "--weights-backbone", "none", "--min-size", 24, "--max-size", 32, "-b", 1]
+    message = error("--data-path", coco_root, *options, "-j", 0, "--device", "cpu", "--output-dir", tmp_path)
+    assert "batch norm cannot train on 1 image so small" in message
+    assert "--min-size" in message
 
 
 def test_a_checkpoint_is_never_lost(tmp_path, coco_root, train, error, monkeypatch):
