@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 from balanced_learning import BalancedFeaturePyramid
 from balanced_learning.training.command_line import make_parser, read_command_line
-from balanced_learning.training.data.coco import load_image
+from balanced_learning.training.data.images import load_image
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.inference import detector_and_images
 from balanced_learning.training.reporting.figures import save_pyramid

@@ -1,6 +1,7 @@
 """Trains Libra Faster R-CNN and Libra RetinaNet on data in COCO layout, or their torchvision baselines.
 
     python examples/train_torchvision_libra.py                          # small, on drawn shapes, minutes on a CPU
+    python examples/train_torchvision_libra.py --data-path coco --check-data    # a report on the data, no training
     python examples/train_torchvision_libra.py --data-path coco         # full COCO on one GPU
     torchrun --nproc-per-node 8 examples/train_torchvision_libra.py --data-path coco      # and on eight
     python examples/train_torchvision_libra.py --resume runs/.../checkpoint.pth           # goes on as it began
@@ -50,7 +51,8 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
     is_main = distributed.is_main()
     say = print if is_main else lambda *_: None
     torch.use_deterministic_algorithms(config.training.use_deterministic_algorithms, warn_only=True)
-    prepare_folder(config, checkpoint)
+    if not config.run.check_data:
+        prepare_folder(config, checkpoint)
 
     train, val = read_splits(config)
     labels = checkpoint.labels if checkpoint else Labels.of(train, config.model.weights)
@@ -58,6 +60,8 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
     if checkpoint:
         checkpoint.check_data(train, iterations=None if config.run.test_only else len(train_loader))
     say(f"{len(train.images)} images to train on, {len(val.images)} to evaluate, {len(labels.names)} classes")
+    if config.run.check_data:
+        return
 
     model = make_model(config, labels, checkpoint).to(device)
     if config.model.sync_bn:

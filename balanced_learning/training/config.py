@@ -158,6 +158,7 @@ class RunConfig:
     )
     start_epoch: int = _setting(0, "epoch to start counting from", "--start_epoch", type=_not_negative, metavar="N")
     test_only: bool = _setting(False, "evaluate, do not train")
+    check_data: bool = _setting(False, "report on the data and its faults, do not train")
     print_freq: int = _setting(20, "iterations between reports", type=_positive, metavar="N")
     tensorboard: bool = _setting(False, "also log metrics and the IoUs of sampled negatives for TensorBoard")
     coco_backend: str = _setting("faster-coco-eval", "computes AP", choices=["faster-coco-eval", "pycocotools"])

@@ -1,5 +1,6 @@
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,8 +13,7 @@ from balanced_learning.training.errors import UserError
 
 
 def sampler(ratios, batch_size, **options):
-    images = [{"width": 100 * ratio, "height": 100} for ratio in ratios]
-    return AspectRatioBatchSampler(images, batch_size, **{"group_factor": 3, "seed": 0, **options})
+    return AspectRatioBatchSampler(np.array(ratios), batch_size, **{"group_factor": 3, "seed": 0, **options})
 
 
 RATIOS = [0.4, 0.75, 1.0, 1.33, 1.78, 2.5] * 9
@@ -107,5 +107,5 @@ def test_an_image_spoilt_since_the_check_is_named(coco_root):
     dataset = DetectionDataset(read_split(coco_root, "train2017"), {90: 1, 3: 2})
     file = coco_root / "train2017" / "11.png"
     file.write_bytes(file.read_bytes()[:60])
-    with pytest.raises(UserError, match=f"{file}: unreadable image"):
+    with pytest.raises(UserError, match=f"{file} is unreadable"):
         dataset[0]
