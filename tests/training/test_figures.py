@@ -80,7 +80,7 @@ def test_images_are_chosen_by_seed_and_those_with_boxes_first(dataset):
 
 def test_the_picture_of_an_evaluation_has_a_colour_for_each_outcome(dataset, tmp_path, monkeypatch):
     toothbrush = dataset.label_of[90]
-    detections = {image["id"]: boxes_of() for image in dataset.images}
+    detections = {image["id"]: boxes_of() for image in dataset.split.images}
     detections[18] = {
         "boxes": torch.tensor([[4.0, 4, 34, 24], [40, 2, 60, 20], [36, 26, 60, 40], [0, 30, 30, 47]]),
         "scores": torch.tensor([0.9, 0.5, 0.8, 0.2]),  # the last is not shown
@@ -100,12 +100,15 @@ def test_the_picture_of_an_evaluation_has_a_colour_for_each_outcome(dataset, tmp
     assert colors(0) & outcomes == set()
 
 
-def test_an_evaluation_of_odd_shapes_and_names_is_drawn(dataset, coco_root, tmp_path):
-    for entry, size in zip(dataset.images, [(1, 1), (2000, 2), (2, 2000), (64, 48)], strict=False):
-        name = "x" * 150 + f"{entry['id']}é[0].png"
-        Image.new("RGB", size).save(coco_root / "train2017" / name)
-        entry.update(file_name=name, width=size[0], height=size[1])
-    save_evaluation(tmp_path / "e.png", dataset, {image["id"]: boxes_of() for image in dataset.images}, {}, 1)
+def test_an_evaluation_of_odd_shapes_and_names_is_drawn(edit, coco_root, tmp_path):
+    names = []
+    for i, size in enumerate([(1, 1), (2000, 2), (2, 2000), (64, 48)]):
+        names.append("x" * 150 + f"{i}é[0].png")
+        Image.new("RGB", size).save(coco_root / "train2017" / names[i])
+    images = [{"id": i, "file_name": name} for i, name in enumerate(names)]
+    edit(lambda content: content.update(images=images, annotations=[]))
+    dataset = DetectionDataset(read_split(coco_root, "train2017"), {})
+    save_evaluation(tmp_path / "e.png", dataset, {i: boxes_of() for i in range(4)}, {}, 1)
     assert (tmp_path / "e.png").exists()
 
 

@@ -61,7 +61,8 @@ def save_evaluation(
 def choose_images(dataset: DetectionDataset, seed: int, count: int = NUM_IMAGES) -> list[int]:
     """Indices of the images to draw, in an order that follows from the seed; those without a box are the last."""
     order = torch.randperm(len(dataset), generator=randomness.generator(seed, "pictures")).tolist()
-    return sorted(order, key=lambda index: not dataset.split.boxes(dataset.images[index]))[:count]
+    has_boxes = dataset.split.has_boxes()
+    return sorted(order, key=lambda index: not has_boxes[dataset.positions[index]])[:count]
 
 
 def match_detections(
@@ -112,7 +113,7 @@ def _find_outcomes(
     dataset: DetectionDataset, index: int, detections: dict[int, dict[str, Tensor]], names: dict[int, str]
 ) -> _Row:
     image, truth = dataset[index]
-    entry = dataset.images[index]
+    entry = dataset.split.images[int(dataset.positions[index])]
     crowds = _crowds(dataset, entry)
     detected = detections[truth["image_id"]]
     shown = (detected["scores"] >= SHOWN_SCORE).nonzero().flatten()

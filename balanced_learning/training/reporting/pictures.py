@@ -172,7 +172,7 @@ def _outline(draw: ImageDraw.ImageDraw, box: Sequence[float], color: Color, line
 
 @lru_cache
 def load_font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
+    return ImageFont.truetype(str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
