@@ -61,8 +61,8 @@ def apply_libra(
             assign ``model.rpn.fg_bg_sampler = dataclasses.replace(model.rpn.fg_bg_sampler, num_bins=5)`` afterwards.
         path_aggregation (bool or PathAggregation): whether the levels of the FPN go through a bottom-up path, before
             coarser ones are made of them: PAFPN, and with a balanced pyramid behind it the paper's Balanced PAFPN
-            (table 5). Their sizes must halve from level to level, which those of torchvision's MobileNets do not. An
-            FPN that is put in place of ``model.backbone.fpn`` afterwards is an error at the next call.
+            (table 5). Their sizes must halve from level to level, which those of torchvision's MobileNet detectors do
+            not. An FPN that is put in place of ``model.backbone.fpn`` afterwards is an error at the next call.
 
     Returns:
         FasterRCNN or RetinaNet: the same model.

@@ -81,7 +81,7 @@ class ModelConfig:
     path_aggregation: bool = _setting(False, "bottom-up path of PAFPN behind the FPN's levels", binds=MODEL)
     box_loss: bool = _setting(True, "balanced L1", binds=COURSE)
     rpn: bool = _setting(False, "balance the RPN, too (Faster R-CNN)", binds=COURSE)
-    small: bool = _setting(False, "a ResNet-18 detector that a CPU can train from scratch", binds=MODEL)
+    small: bool = _setting(False, "a small detector that a CPU can train from scratch", binds=MODEL)
     weights: str | None = _setting(
         None, "torchvision's COCO weights to start from, e.g. DEFAULT", binds=MODEL, metavar="NAME"
     )

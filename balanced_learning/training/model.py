@@ -4,13 +4,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torchvision.models import resnet18
 from torchvision.models.detection import FasterRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from balanced_learning.detection import (
     apply_libra,
@@ -24,6 +19,7 @@ from balanced_learning.training.checkpoint import Checkpoint
 from balanced_learning.training.config import Config
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
+from balanced_learning.training.small import small_fasterrcnn, small_retinanet
 
 
 def make_model(config: Config, labels: Labels, checkpoint: Checkpoint | None) -> Any:
@@ -58,7 +54,7 @@ def build_model(config: Config, num_classes: int, *, pretrained: bool = True) ->
 
 
 def _settle_strides(pool: MultiScaleRoIAlign) -> None:
-    """Lets the pooler see levels P2 to P5 of an image.
+    """Lets the pooler see its levels, from P2 on, of an image.
 
     It takes the strides of the levels from the first batch it sees and keeps them, though no checkpoint does; and from
     small, padded images it takes wrong ones.
@@ -82,7 +78,7 @@ def _build(config: Config, num_classes: int, pretrained: bool) -> FasterRCNN | R
         parts |= {"sampler": model.sampler, "rpn": model.rpn}
         options |= {"rpn_score_thresh": model.rpn_score_thresh}
     if model.small:
-        return apply_libra((_small_fasterrcnn if is_rcnn else _small_retinanet)(num_classes, **options), **parts)
+        return apply_libra((small_fasterrcnn if is_rcnn else small_retinanet)(num_classes, **options), **parts)
 
     options |= parts
     if model.trainable_backbone_layers is not None:
@@ -115,37 +111,3 @@ def _as_if_pretrained(on_coco: bool) -> dict[str, Any]:
     # torchvision sets the epsilon of its COCO weights, which were trained without one, to 0.
     norm_layer = partial(FrozenBatchNorm2d, eps=0.0) if on_coco else FrozenBatchNorm2d
     return {"norm_layer": norm_layer, "trainable_backbone_layers": 3}
-
-
-def _small_fasterrcnn(num_classes: int, **options: float) -> FasterRCNN:
-    """A Faster R-CNN that a CPU can train from scratch: ResNet-18, 64 channels, 64 sampled boxes, small anchors."""
-    return FasterRCNN(
-        _small_backbone(finest_stage=1),
-        rpn_anchor_generator=AnchorGenerator([(16 * 2**level,) for level in range(5)], [(0.5, 1.0, 2.0)] * 5),
-        box_head=TwoMLPHead(64 * 7 * 7, 256),
-        box_predictor=FastRCNNPredictor(256, num_classes),
-        box_batch_size_per_image=64,
-        rpn_pre_nms_top_n_train=500,
-        rpn_pre_nms_top_n_test=500,
-        rpn_post_nms_top_n_train=300,
-        rpn_post_nms_top_n_test=150,
-        **options,
-    )
-
-
-def _small_retinanet(num_classes: int, **options: float) -> RetinaNet:
-    """The same for RetinaNet."""
-    sizes = [tuple(int(16 * 2 ** (level + third / 3)) for third in range(3)) for level in range(5)]
-    anchors = AnchorGenerator(sizes, [(0.5, 1.0, 2.0)] * 5)
-    return RetinaNet(_small_backbone(finest_stage=2), num_classes, anchor_generator=anchors, **options)
-
-
-def _small_backbone(finest_stage: int) -> BackboneWithFPN:
-    stages = range(finest_stage, 5)
-    return BackboneWithFPN(
-        resnet18(weights=None),
-        return_layers={f"layer{stage}": str(i) for i, stage in enumerate(stages)},
-        in_channels_list=[64 * 2 ** (stage - 1) for stage in stages],
-        out_channels=64,
-        extra_blocks=LastLevelMaxPool() if finest_stage == 1 else LastLevelP6P7(64, 64),
-    )
