@@ -33,6 +33,7 @@ from balanced_learning.training.optimization import Precision, make_optimizer, m
 from balanced_learning.training.reporting.figures import save_curves, save_predictions
 from balanced_learning.training.reporting.metrics import continue_rows, is_best, write_config, write_row
 from balanced_learning.training.reporting.tensorboard import TensorBoard
+from balanced_learning.training.weights import choose_labels
 
 NUM_PICTURES = 4
 
@@ -54,7 +55,7 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
     prepare_folder(config, checkpoint)
 
     train, val = read_splits(config)
-    labels = checkpoint.labels if checkpoint else Labels.of(train, config.model.weights)
+    labels = choose_labels(config, train, checkpoint)
     train_loader, val_loader = make_loaders(config, device, train, val, labels)
     if checkpoint:
         checkpoint.check_data(train, iterations=None if config.run.test_only else len(train_loader))
