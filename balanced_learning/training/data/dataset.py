@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -38,7 +39,7 @@ class DetectionDataset(Dataset):
         self,
         split: Split,
         label_of: dict[int, int],
-        positions: Sequence[int] | None = None,
+        positions: Sequence[int] | np.ndarray | None = None,
         transforms: Any = None,
         seed: int = 0,
     ) -> None:
