@@ -38,6 +38,7 @@ from balanced_learning.training.reporting.metrics import continue_rows, is_best,
 from balanced_learning.training.reporting.next_steps import next_steps
 from balanced_learning.training.reporting.tables import report, summary
 from balanced_learning.training.reporting.tensorboard import TensorBoard
+from balanced_learning.training.weights import choose_labels
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,7 +59,7 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
         prepare_folder(config, checkpoint)
 
     train, val = read_splits(config)
-    labels = checkpoint.labels if checkpoint else Labels.of(train, config.model.weights)
+    labels = choose_labels(config, train, checkpoint)
     train_loader, val_loader = make_loaders(config, device, train, val, labels)
     if checkpoint:
         checkpoint.check_data(train, iterations=None if config.run.test_only else len(train_loader))
