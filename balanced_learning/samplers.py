@@ -39,7 +39,7 @@ class IoUBalancedSampler:
     Args:
         batch_size_per_image (int): boxes to choose in an image.
         positive_fraction (float): the share of them, rounded down, that positives may take. In [0, 1].
-        num_bins (int): K.
+        num_bins (int): number of bins, K in the paper.
         max_iou (float, optional): where the last bin ends: the IoU below which a candidate is a negative. ``None``: the
             largest IoU of all candidates of the image, positives included, which is what mmdetection does; with a
             ground truth among the candidates that is 1, so bins are empty and two bins are random sampling.

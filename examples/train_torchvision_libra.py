@@ -1,16 +1,18 @@
 """Trains Libra Faster R-CNN and Libra RetinaNet on data in COCO layout, or their torchvision baselines.
 
     python examples/train_torchvision_libra.py                          # small, on drawn shapes, minutes on a CPU
+    python examples/train_torchvision_libra.py --data-path coco --check-data    # a report on the data, no training
     python examples/train_torchvision_libra.py --data-path coco         # full COCO on one GPU
     torchrun --nproc-per-node 8 examples/train_torchvision_libra.py --data-path coco      # and on eight
     python examples/train_torchvision_libra.py --resume runs/.../checkpoint.pth           # goes on as it began
 
-The output folder gets args.json, and after every epoch checkpoint.pth, a row of metrics.jsonl, curves.png and pictures
-of predictions beside the ground truth. checkpoint_best.pth is the checkpoint with the highest AP.
+The output folder gets args.json, and after every epoch checkpoint.pth, a row of metrics.jsonl, curves.png and a picture
+of what was found, missed, and taken for an object. checkpoint_best.pth is the checkpoint with the highest AP.
 """
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,17 +27,18 @@ from balanced_learning.training.data.coco import Split
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.data.splits import read_splits
 from balanced_learning.training.errors import UserError
-from balanced_learning.training.evaluation import coco_metrics, table
+from balanced_learning.training.evaluation import detections_per_image, evaluate_detections
 from balanced_learning.training.inference import predict
 from balanced_learning.training.loop import train_one_epoch
 from balanced_learning.training.model import make_model
 from balanced_learning.training.optimization import Precision, make_optimizer, make_scheduler
-from balanced_learning.training.reporting.figures import save_curves, save_predictions
-from balanced_learning.training.reporting.metrics import continue_rows, is_best, write_config, write_row
+from balanced_learning.training.reporting.evaluation_picture import save_evaluation
+from balanced_learning.training.reporting.figures import save_curves
+from balanced_learning.training.reporting.metrics import continue_rows, is_best, read_rows, write_config, write_row
+from balanced_learning.training.reporting.next_steps import next_steps
+from balanced_learning.training.reporting.tables import report, summary
 from balanced_learning.training.reporting.tensorboard import TensorBoard
 from balanced_learning.training.weights import choose_labels
-
-NUM_PICTURES = 4
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,7 +55,8 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
     is_main = distributed.is_main()
     say = print if is_main else lambda *_: None
     torch.use_deterministic_algorithms(config.training.use_deterministic_algorithms, warn_only=True)
-    prepare_folder(config, checkpoint)
+    if not config.run.check_data:
+        prepare_folder(config, checkpoint)
 
     train, val = read_splits(config)
     labels = choose_labels(config, train, checkpoint)
@@ -60,6 +64,8 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
     if checkpoint:
         checkpoint.check_data(train, iterations=None if config.run.test_only else len(train_loader))
     say(f"{len(train.images)} images to train on, {len(val.images)} to evaluate, {len(labels.names)} classes")
+    if config.run.check_data:
+        return
 
     model = make_model(config, labels, checkpoint).to(device)
     if config.model.sync_bn:
@@ -101,7 +107,8 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
                 save(folder / "checkpoint_best.pth", parts, **state)
         if tensorboard:
             tensorboard.write(row)
-    say(f"done: {folder}")
+    if is_main:
+        print(next_steps(config, read_rows(folder / "metrics.jsonl"), Path(__file__).parent, val.image_dir))
 
 
 def evaluate(
@@ -113,19 +120,20 @@ def evaluate(
     precision: Precision,
     name: str,
 ) -> dict[str, float | None]:
-    """Prints the metrics, and writes them and some pictures as ``evaluation_<name>``; the main process returns them."""
+    """Prints what the main process returns, and writes it and some pictures as ``evaluation_<name>``."""
     distributed.share_buffers(model)
     detections = predict(model, val_loader, precision, config.run.print_freq)
     if not distributed.is_main():
         return {}
-    metrics = coco_metrics(val, detections, labels.label_of, config.run.coco_backend)
-    print(table(metrics))
+    evaluation = evaluate_detections(
+        val, detections, labels.label_of, config.run.coco_backend, limit=detections_per_image(model)
+    )
+    is_last = name in ("test", f"{config.training.epochs - 1:02}")
+    print(report(evaluation) if is_last else summary(evaluation))
     file = config.run.output_dir / f"evaluation_{name}.json"
-    file.write_text(json.dumps(metrics, indent=2) + "\n")
-    samples = (val_loader.dataset[i] for i in range(min(NUM_PICTURES, len(val.images))))
-    pictures = ((image, target, detections[target["image_id"]]) for image, target in samples)
-    save_predictions(file.with_suffix(".png"), pictures, labels.names)
-    return metrics
+    file.write_text(json.dumps(evaluation.plain(), indent=2) + "\n")
+    save_evaluation(file.with_suffix(".png"), val_loader.dataset, detections, labels.names, config.training.seed)
+    return evaluation.row()
 
 
 if __name__ == "__main__":

@@ -152,7 +152,9 @@ def _check(
         raise TypeError(f"rpn must be True or False, got {rpn!r}")
     if not isinstance(path_aggregation, bool | nn.Module):
         raise TypeError(f"path_aggregation must be True, False or a PathAggregation, got {path_aggregation!r}")
-    ours = (LibraRoIHeads, LibraRPN, LibraRetinaNetRegressionHead, BalancedFeaturePyramid, PathAggregation)
+    ours: tuple[type, ...] = (LibraRoIHeads, LibraRPN, LibraRetinaNetRegressionHead)
+    if pyramid is not False or path_aggregation is not False:
+        ours += (BalancedFeaturePyramid, PathAggregation)  # which a backbone may have built in, if none is added
     has_neck = hasattr(model.backbone, "bfp") or hasattr(model.backbone, "path_aggregation")
     if has_neck or any(isinstance(module, ours) for module in model.modules()):
         raise ValueError("model is balanced already: apply_libra works once on a model, with all parts in one call")

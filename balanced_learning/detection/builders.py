@@ -38,9 +38,14 @@ def libra_fasterrcnn_resnet50_fpn(
     """Libra Faster R-CNN with a ResNet-50 FPN, as :func:`torchvision.models.detection.fasterrcnn_resnet50_fpn`.
 
     Args:
-        weights, progress, num_classes, weights_backbone, trainable_backbone_layers, **kwargs: torchvision's.
-            ``weights`` are those of the plain detector, to start from; the necks have none.
+        weights, progress, num_classes, weights_backbone, trainable_backbone_layers: torchvision's. ``weights`` are
+            those of the plain detector, to start from; the necks have none.
         sampler, pyramid, box_loss, rpn, path_aggregation: see :func:`apply_libra`.
+        **kwargs: for :func:`torchvision.models.detection.fasterrcnn_resnet50_fpn`.
+
+    Returns:
+        FasterRCNN: which takes a list of images ``[3, H, W]`` in [0, 1], in training also their targets, and returns
+        a dict of losses in training, otherwise a list of detections, as torchvision's does.
 
     Example:
         >>> model = libra_fasterrcnn_resnet50_fpn(weights_backbone=None, num_classes=7)
@@ -73,9 +78,13 @@ def libra_retinanet_resnet50_fpn(
     """Libra RetinaNet with a ResNet-50 FPN, as :func:`torchvision.models.detection.retinanet_resnet50_fpn`.
 
     Args:
-        weights, progress, num_classes, weights_backbone, trainable_backbone_layers, **kwargs: torchvision's.
-            ``weights`` are those of the plain detector, to start from; the necks have none.
+        weights, progress, num_classes, weights_backbone, trainable_backbone_layers: torchvision's. ``weights`` are
+            those of the plain detector, to start from; the necks have none.
         pyramid, box_loss, path_aggregation: see :func:`apply_libra`.
+        **kwargs: for :func:`torchvision.models.detection.retinanet_resnet50_fpn`.
+
+    Returns:
+        RetinaNet: with the inputs and outputs of :func:`libra_fasterrcnn_resnet50_fpn`.
 
     Example:
         >>> model = libra_retinanet_resnet50_fpn(weights_backbone=None, num_classes=7)
@@ -123,6 +132,9 @@ def libra_fasterrcnn(
         sampler, pyramid, box_loss, rpn, path_aggregation: see :func:`apply_libra`.
         **kwargs: for :class:`torchvision.models.detection.FasterRCNN`.
 
+    Returns:
+        FasterRCNN: with the inputs and outputs of :func:`libra_fasterrcnn_resnet50_fpn`.
+
     Raises:
         ValueError: for an unknown backbone, or weights or stages it does not have.
 
@@ -158,6 +170,9 @@ def libra_retinanet(
             :func:`libra_fasterrcnn`.
         pyramid, box_loss, path_aggregation: see :func:`apply_libra`.
         **kwargs: for :class:`torchvision.models.detection.RetinaNet`.
+
+    Returns:
+        RetinaNet: with the inputs and outputs of :func:`libra_fasterrcnn_resnet50_fpn`.
 
     Raises:
         ValueError: for an unknown backbone, or weights or stages it does not have.

@@ -81,7 +81,7 @@ class ModelConfig:
     path_aggregation: bool = _setting(False, "bottom-up path of PAFPN behind the FPN's levels", binds=MODEL)
     box_loss: bool = _setting(True, "balanced L1", binds=COURSE)
     rpn: bool = _setting(False, "balance the RPN, too (Faster R-CNN)", binds=COURSE)
-    small: bool = _setting(False, "a ResNet-18 detector that a CPU can train from scratch", binds=MODEL)
+    small: bool = _setting(False, "a small detector that a CPU can train from scratch", binds=MODEL)
     weights: str | None = _setting(
         None,
         "detector to start from: torchvision's COCO weights, e.g. DEFAULT, or a file with a checkpoint or a state dict",
@@ -161,6 +161,7 @@ class RunConfig:
     )
     start_epoch: int = _setting(0, "epoch to start counting from", "--start_epoch", type=_not_negative, metavar="N")
     test_only: bool = _setting(False, "evaluate, do not train")
+    check_data: bool = _setting(False, "report on the data and its faults, do not train")
     print_freq: int = _setting(20, "iterations between reports", type=_positive, metavar="N")
     tensorboard: bool = _setting(False, "also log metrics and the IoUs of sampled negatives for TensorBoard")
     coco_backend: str = _setting("faster-coco-eval", "computes AP", choices=["faster-coco-eval", "pycocotools"])

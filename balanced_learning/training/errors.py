@@ -1,5 +1,17 @@
-"""The error that is the user's to mend."""
+"""The error that is the user's to mend, and the warning."""
+
+import sys
 
 
 class UserError(Exception):
     """Bad input; the message names the file, the entry or the flag. Programs print it without a traceback."""
+
+
+def warn(message: str) -> None:
+    """Tells of something in the data that is not as the user may think, on standard error."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def printable(text: object) -> str:
+    """The text on one line, for a message: characters that steer a terminal, or that no stream takes, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

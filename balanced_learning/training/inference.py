@@ -54,10 +54,10 @@ def detector_and_images(config: Config, checkpoint: Checkpoint | None) -> tuple[
     if checkpoint:
         checkpoint.check_data(train, iterations=None)
     detector = make_model(config, labels, checkpoint)
-    images = [image for image in train.images if train.boxes(image)][: config.training.batch_size]
-    if not images:
+    positions = train.has_boxes().nonzero()[0][: config.training.batch_size]
+    if not len(positions):
         raise UserError(f"{train.json_file}: no image has a box")
-    return detector.to(device).eval(), DetectionDataset(train, labels.label_of, images)
+    return detector.to(device).eval(), DetectionDataset(train, labels.label_of, positions)
 
 
 @torch.inference_mode()

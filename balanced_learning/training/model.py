@@ -3,14 +3,9 @@
 from typing import Any
 
 import torch
-from torchvision.models import resnet18
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection._utils import overwrite_eps
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from balanced_learning.detection import apply_libra, libra_fasterrcnn, libra_retinanet
 from balanced_learning.training import distributed, randomness
@@ -18,6 +13,7 @@ from balanced_learning.training.checkpoint import Checkpoint
 from balanced_learning.training.config import Config
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
+from balanced_learning.training.small import small_fasterrcnn, small_retinanet
 from balanced_learning.training.weights import load_weights
 
 
@@ -59,7 +55,7 @@ def build_model(config: Config, num_classes: int) -> FasterRCNN | RetinaNet:
 
 
 def _settle_strides(pool: MultiScaleRoIAlign) -> None:
-    """Lets the pooler see levels P2 to P5 of an image.
+    """Lets the pooler see its levels, from P2 on, of an image.
 
     It takes the strides of the levels from the first batch it sees and keeps them, though no checkpoint does; and from
     small, padded images it takes wrong ones.
@@ -83,7 +79,7 @@ def _build(config: Config, num_classes: int) -> FasterRCNN | RetinaNet:
         parts |= {"sampler": model.sampler, "rpn": model.rpn}
         options |= {"rpn_score_thresh": model.rpn_score_thresh}
     if model.small:
-        return apply_libra((_small_fasterrcnn if is_rcnn else _small_retinanet)(num_classes, **options), **parts)
+        return apply_libra((small_fasterrcnn if is_rcnn else small_retinanet)(num_classes, **options), **parts)
 
     options |= parts
     if model.weights or model.weights_backbone:  # what torchvision's builders do to a backbone with weights
@@ -95,37 +91,3 @@ def _build(config: Config, num_classes: int) -> FasterRCNN | RetinaNet:
         return build(backbone_name=model.backbone, weights_backbone=None, num_classes=num_classes, **options)
     except ValueError as error:
         raise UserError(f"--backbone {model.backbone}: {error}") from None
-
-
-def _small_fasterrcnn(num_classes: int, **options: float) -> FasterRCNN:
-    """A Faster R-CNN that a CPU can train from scratch: ResNet-18, 64 channels, 64 sampled boxes, small anchors."""
-    return FasterRCNN(
-        _small_backbone(finest_stage=1),
-        rpn_anchor_generator=AnchorGenerator([(16 * 2**level,) for level in range(5)], [(0.5, 1.0, 2.0)] * 5),
-        box_head=TwoMLPHead(64 * 7 * 7, 256),
-        box_predictor=FastRCNNPredictor(256, num_classes),
-        box_batch_size_per_image=64,
-        rpn_pre_nms_top_n_train=500,
-        rpn_pre_nms_top_n_test=500,
-        rpn_post_nms_top_n_train=300,
-        rpn_post_nms_top_n_test=150,
-        **options,
-    )
-
-
-def _small_retinanet(num_classes: int, **options: float) -> RetinaNet:
-    """The same for RetinaNet."""
-    sizes = [tuple(int(16 * 2 ** (level + third / 3)) for third in range(3)) for level in range(5)]
-    anchors = AnchorGenerator(sizes, [(0.5, 1.0, 2.0)] * 5)
-    return RetinaNet(_small_backbone(finest_stage=2), num_classes, anchor_generator=anchors, **options)
-
-
-def _small_backbone(finest_stage: int) -> BackboneWithFPN:
-    stages = range(finest_stage, 5)
-    return BackboneWithFPN(
-        resnet18(weights=None),
-        return_layers={f"layer{stage}": str(i) for i, stage in enumerate(stages)},
-        in_channels_list=[64 * 2 ** (stage - 1) for stage in stages],
-        out_channels=64,
-        extra_blocks=LastLevelMaxPool() if finest_stage == 1 else LastLevelP6P7(64, 64),
-    )

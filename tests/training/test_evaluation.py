@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from balanced_learning.training.data.coco import read_split
-from balanced_learning.training.evaluation import METRICS, coco_metrics, table
+from balanced_learning.training.evaluation import METRICS, coco_metrics
+from balanced_learning.training.reporting.tables import metrics_table as table
 
 LABEL_OF = {90: 2, 3: 1}
 BACKENDS = ["faster-coco-eval", "pycocotools"]

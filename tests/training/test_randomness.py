@@ -1,3 +1,4 @@
+import numpy as np
 import torch
 
 from balanced_learning.training import randomness
@@ -6,7 +7,7 @@ from balanced_learning.training.data.batching import AspectRatioBatchSampler
 from balanced_learning.training.data.coco import read_split
 from balanced_learning.training.data.dataset import DetectionDataset
 
-IMAGES = [{"width": 1, "height": 1}] * 40
+RATIOS = np.ones(40)
 
 
 def test_every_argument_counts():
@@ -29,7 +30,7 @@ def test_the_streams_are_the_same_on_every_machine():
 def test_two_seeds_share_no_order_and_no_draw_in_any_epoch():
     orders, draws = set(), set()
     for seed in (0, 1):
-        sampler = AspectRatioBatchSampler(IMAGES, 4, group_factor=3, seed=seed)
+        sampler = AspectRatioBatchSampler(RATIOS, 4, group_factor=3, seed=seed)
         for epoch in range(30):
             sampler.epoch = epoch
             orders.add(tuple(map(tuple, sampler)))

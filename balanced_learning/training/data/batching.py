@@ -1,11 +1,11 @@
 """Batches of images of similar shape, shared by the processes, and the loaders of them."""
 
 import math
-from bisect import bisect
 from collections.abc import Iterator
 from itertools import cycle, islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, Sampler
 from balanced_learning.training import distributed, randomness
 from balanced_learning.training.config import Config
 from balanced_learning.training.data.augmentation import augmentation
-from balanced_learning.training.data.coco import Entry, Split
+from balanced_learning.training.data.coco import Split
 from balanced_learning.training.data.dataset import DetectionDataset, Sample, Target
 from balanced_learning.training.data.labels import Labels
+from balanced_learning.training.data.left_out import count_in_words
 from balanced_learning.training.errors import UserError
 
 Batch = tuple[list[Tensor], list[Target]]
@@ -29,16 +30,21 @@ class AspectRatioBatchSampler(Sampler[list[int]]):
     one nothing. The order follows from seed and epoch alone. Of several processes each takes its share, padded to equal
     length.
 
+    Args:
+        ratios: width / height of each image.
+        batch_size: images of a batch.
+        group_factor, seed, rank, world_size: see above.
+
     Attributes:
         epoch (int): the epoch to shuffle for, 0 at first.
     """
 
     def __init__(
-        self, images: list[Entry], batch_size: int, *, group_factor: int, seed: int, rank: int = 0, world_size: int = 1
+        self, ratios: np.ndarray, batch_size: int, *, group_factor: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
         steps = range(-group_factor, group_factor + 1)  # none, if negative
         edges = [2 ** (step / max(1, group_factor)) for step in steps]
-        self.groups = [bisect(edges, image["width"] / image["height"]) for image in images]
+        self.groups = np.searchsorted(edges, ratios, side="right").tolist()
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
@@ -70,6 +76,8 @@ class DetectionLoader(DataLoader):
     Its processes start anew with every epoch, so that they learn of it.
     """
 
+    dataset: DetectionDataset
+
     def __init__(self, dataset: DetectionDataset, workers: int, device: torch.device, **options: Any) -> None:
         pin_memory = device.type == "cuda"
         super().__init__(dataset, num_workers=workers, pin_memory=pin_memory, collate_fn=_as_lists, **options)
@@ -82,7 +90,7 @@ class DetectionLoader(DataLoader):
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffles and augments for this epoch from the next iteration on."""
-        self.dataset.epoch = self.batch_sampler.epoch = epoch  # type: ignore[attr-defined,union-attr]
+        self.dataset.epoch = self.batch_sampler.epoch = epoch  # type: ignore[union-attr]
 
 
 def make_loaders(
@@ -94,19 +102,20 @@ def make_loaders(
         UserError: if there is nothing to train on.
     """
     seed = config.training.seed
-    images = train.images if config.data.keep_empty else [image for image in train.images if train.boxes(image)]
-    if not images:
-        raise UserError(f"{train.json_file}: no image has a box to train on")
+    positions = np.arange(len(train.images)) if config.data.keep_empty else np.flatnonzero(train.has_boxes())
+    if not len(positions):
+        why = count_in_words(train.causes)
+        raise UserError(f"{train.json_file}: no image has a box to train on" + (f"; there are {why}" if why else ""))
     rank, world_size = distributed.rank(), distributed.world_size()
     batches = AspectRatioBatchSampler(
-        images,
+        train.columns.widths[positions] / train.columns.heights[positions],
         config.training.batch_size,
         group_factor=config.data.aspect_ratio_group_factor,
         seed=seed,
         rank=rank,
         world_size=world_size,
     )
-    train_set = DetectionDataset(train, labels.label_of, images, augmentation(config.data.data_augmentation), seed)
+    train_set = DetectionDataset(train, labels.label_of, positions, augmentation(config.data.data_augmentation), seed)
     val_set = DetectionDataset(val, labels.label_of)
     share = range(rank, len(val_set), world_size)  # no padding: nothing is evaluated twice
     workers = config.data.workers

@@ -4,17 +4,19 @@ data/annotations/instances_train2017.json    data/train2017/*.jpg
 data/annotations/instances_val2017.json      data/val2017/*.jpg
 """
 
-import json
-import math
-import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
 
-from balanced_learning.training.errors import UserError
+from balanced_learning.training.data.coco_json import read_json
+from balanced_learning.training.data.columns import Columns
+from balanced_learning.training.data.image_check import check_images
+from balanced_learning.training.data.index import LARGE, load_index, save_index
+from balanced_learning.training.data.left_out import Cause, count_in_words, find_causes
+from balanced_learning.training.errors import UserError, warn
 
 Entry = dict[str, Any]
 
@@ -26,151 +28,161 @@ class Split:
     Attributes:
         json_file: where it was read from.
         image_dir: the folder of its images.
-        images: entries with ``id``, ``file_name``, ``width`` and ``height``.
-        annotations: by image id, entries with ``bbox`` (x, y, width, height in pixels), ``category_id``, ``iscrowd``
-            and ``area``; crowds and boxes without area are among them.
         categories: name by id.
+        columns: images and boxes.
+        causes (uint8 [M]): why each box is left out of training, a
+            :class:`~balanced_learning.training.data.left_out.Cause`; 0 for those that can be learned.
     """
 
     json_file: Path
     image_dir: Path
-    images: list[Entry]
-    annotations: dict[int, list[Entry]]
     categories: dict[int, str]
+    columns: Columns
+    causes: np.ndarray
+
+    @property
+    def images(self) -> Sequence[Entry]:
+        """Entries with ``id``, ``file_name``, ``width`` and ``height``, made when they are asked for."""
+        return _Images(self.columns)
+
+    @property
+    def annotations(self) -> Mapping[int, list[Entry]]:
+        """By image id, entries with ``bbox``, ``category_id``, ``iscrowd`` and ``area``; none is left out."""
+        return _Annotations(self.columns)
 
     def boxes(self, image: Entry) -> list[Entry]:
-        """The annotations of an image that can be learned: no crowds, and some area inside the image."""
-        return [a for a in self.annotations[image["id"]] if not a["iscrowd"] and _area_inside(a["bbox"], image) > 0]
+        """The annotations of an image that can be learned."""
+        causes = self.causes[self.columns.boxes_of(self.columns.position(image["id"]))]
+        return [a for a, cause in zip(self.annotations[image["id"]], causes, strict=True) if cause == Cause.NONE]
+
+    def has_boxes(self) -> np.ndarray:
+        """Whether an image has a box that can be learned, bool [N]."""
+        before = np.concatenate(([0], np.cumsum(self.causes == Cause.NONE)))
+        return before[self.columns.first_boxes[1:]] > before[self.columns.first_boxes[:-1]]
+
+    def truth(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """What can be learned of an image: boxes [n, 4] (x, y, width, height), and category ids [n]."""
+        rows = self.columns.boxes_of(position)
+        learned = self.causes[rows] == Cause.NONE
+        return self.columns.boxes[rows][learned], self.columns.category_ids[rows][learned]
 
     def first(self, count: int) -> "Split":
         """The same split with its first images alone."""
-        images = self.images[:count]
-        annotations = {image["id"]: self.annotations[image["id"]] for image in images}
-        return replace(self, images=images, annotations=annotations)
+        columns = self.columns.first(count)
+        return replace(self, columns=columns, causes=self.causes[: len(columns.boxes)])
 
 
-def read_split(root: Path, name: str, *, limit: int | None = None) -> Split:
+def read_split(
+    root: Path, name: str, *, limit: int | None = None, resized: tuple[int, int] | None = None, anew: bool = False
+) -> Split:
     """Reads and checks ``train2017`` or ``val2017`` of the data in ``root``.
 
+    Of a large data set, later calls map an index of it into memory, without looking at JSON and images again.
+
+    Args:
+        root: the folder.
+        name: of the half.
+        limit: take the first images alone.
+        resized: the shorter side that images are resized to and the longest that they may have, in pixels; what gets
+            smaller than a pixel by it is left out of training.
+        anew: take no index.
+
     Raises:
-        UserError: for whatever makes training or evaluation impossible. Boxes without area are only told of.
+        UserError: for whatever makes training or evaluation impossible. Boxes that are left out are only told of.
     """
     for folder in (root, root / "annotations", root / name):
         if not folder.is_dir():
             raise UserError(
                 f"{folder}: no such folder; --data-path needs annotations/instances_{name}.json and {name}/ in it"
             )
-    json_file = root / "annotations" / f"instances_{name}.json"
-    content = _load(json_file)
-    categories = {}
-    for category in _entries(content, "categories", json_file, {"id": int, "name": str}):
-        if category["id"] in categories:
-            raise UserError(f"{json_file}: category {category['id']}: the id is used twice")
-        categories[category["id"]] = category["name"]
-    if not categories:
-        raise UserError(f"{json_file}: 'categories' is empty")
-
-    images = _entries(content, "images", json_file, {"id": int, "file_name": str})
-    annotations: dict[int, list[Entry]] = {}
-    for image in images:
-        if image["id"] in annotations:
-            raise UserError(f"{json_file}: image {image['id']}: the id is used twice")
-        annotations[image["id"]] = []
-    if not images:
-        raise UserError(f"{json_file}: 'images' is empty")
-
-    for annotation in _entries(content, "annotations", json_file, {"image_id": int, "category_id": int, "bbox": list}):
-        where = f"{json_file}: annotation {annotation.get('id', '(without id)')}"
-        if annotation["image_id"] not in annotations:
-            raise UserError(f"{where}: image_id {annotation['image_id']} is not among 'images'")
-        if annotation["category_id"] not in categories:
-            raise UserError(f"{where}: category_id {annotation['category_id']} is not among 'categories'")
-        box = annotation["bbox"]
-        if len(box) != 4 or not all(isinstance(x, int | float) and math.isfinite(x) for x in box):
-            raise UserError(f"{where}: bbox must be four finite numbers [x, y, width, height], got {box}")
-        area = box[2] * box[3] if annotation.get("area") is None else annotation["area"]
-        if not isinstance(area, int | float):
-            raise UserError(f"{where}: area must be a number, got {area!r}")
-        annotations[annotation["image_id"]].append(
-            {**annotation, "iscrowd": annotation.get("iscrowd") or 0, "area": area}
-        )
-
-    split = Split(json_file, root / name, images, annotations, categories)
-    split = split if limit is None else split.first(limit)
-    _check_images(split)
-    _tell_empty_boxes(split)
+    json_file, image_dir = root / "annotations" / f"instances_{name}.json", root / name
+    index = None if anew else load_index(json_file, image_dir)
+    if index:
+        columns, categories = index
+        columns = columns if limit is None else columns.first(limit)
+    else:
+        columns, categories = read_json(json_file)
+        columns = columns if limit is None else columns.first(limit)
+        columns = check_images(columns, json_file, image_dir)
+        if limit is None and json_file.stat().st_size >= LARGE:
+            columns = save_index(json_file, image_dir, columns, categories)
+    _check_units(columns, json_file)
+    split = Split(json_file, image_dir, categories, columns, find_causes(columns, resized))
+    _tell_left_out(split, trained="train" in name)
     return split
 
 
-def load_image(path: Path) -> Image.Image:
-    """The image as RGB, whatever it is stored as."""
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{path}: unreadable image ({error})") from None
-
-
-def _load(json_file: Path) -> Entry:
-    try:
-        content = json.loads(json_file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{json_file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{json_file}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{json_file}: not a COCO file, which is an object with 'images', 'annotations', 'categories'")
-    return content
-
-
-def _entries(content: Entry, key: str, json_file: Path, needs: dict[str, type]) -> list[Entry]:
-    entries = content.get(key)
-    if not isinstance(entries, list):
-        raise UserError(f"{json_file}: not a COCO file: it has no list '{key}'")
-    for i, entry in enumerate(entries):
-        for name, kind in needs.items():
-            value = entry.get(name) if isinstance(entry, dict) else None
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise UserError(f"{json_file}: {key}[{i}]: '{name}' must be a {kind.__name__}, got {value!r}")
-    return entries
-
-
-def _check_images(split: Split) -> None:
-    """Opens every file, without decoding it, and compares its size with the JSON, whose boxes depend on it."""
-
-    def check(image: Entry) -> str | None:
-        path = split.image_dir / image["file_name"]
-        where = f"{split.json_file}: image {image['id']}: {path}"
-        try:
-            with Image.open(path) as file:
-                size, mode = file.size, file.mode
-        except FileNotFoundError:
-            return f"{where} is missing"
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
-            return f"{where} is unreadable ({error})"
-        if mode.startswith(("I", "F")):
-            return f"{where} has more than 8 bits a channel (mode {mode}); convert it"
-        stated = (image.setdefault("width", size[0]), image.setdefault("height", size[1]))
-        return None if stated == size else f"{where} is {size[0]} x {size[1]}, not {stated[0]} x {stated[1]}"
-
-    with ThreadPoolExecutor() as pool:
-        faults = [fault for fault in pool.map(check, split.images) if fault]
-    if faults:
-        more = f" (and {len(faults) - 1} more like it)" if len(faults) > 1 else ""
-        raise UserError(faults[0] + more)
-
-
-def _tell_empty_boxes(split: Split) -> None:
-    empty = [a for i in split.images for a in split.annotations[i["id"]] if _area_inside(a["bbox"], i) <= 0]
-    if empty:
-        print(
-            f"warning: {split.json_file}: {len(empty)} boxes have no area inside their image and are not trained on; "
-            f"the first is annotation {empty[0].get('id')}, bbox {empty[0]['bbox']}",
-            file=sys.stderr,
+def _check_units(columns: Columns, json_file: Path) -> None:
+    """Refuses boxes in shares of the image's sides, which are all smaller than a pixel."""
+    ends = columns.boxes[:, :2] + columns.boxes[:, 2:]
+    rounding = 1e-3
+    if ends.size and 0 < ends.max() <= 1 + rounding and columns.boxes.min() >= -rounding and columns.widths.max() > 1:
+        raise UserError(
+            f"{json_file}: all coordinates are from 0 to 1, such as {_plain(columns.boxes[0])}; bbox must be "
+            "[x, y, width, height] in pixels"
         )
 
 
-def _area_inside(box: list[float], image: Entry) -> float:
-    x, y, width, height = box
-    inside_x = min(x + width, image["width"]) - max(x, 0)
-    inside_y = min(y + height, image["height"]) - max(y, 0)
-    return max(inside_x, 0) * max(inside_y, 0)
+def _tell_left_out(split: Split, trained: bool) -> None:
+    causes = split.causes
+    if not trained:  # crowds are what evaluation knows how to treat
+        causes = np.where(causes == Cause.CROWD, Cause.NONE, causes)
+    rows = np.flatnonzero(causes)
+    if not rows.size:
+        return
+    consequence = "left out of training" if trained else "in AP all the same, as missed: nothing can find them"
+    first = rows[np.argmin(split.columns.entries[rows])]
+    warn(
+        f"{split.json_file}: {len(rows)} of {len(causes)} boxes are {consequence}: {count_in_words(causes)}; "
+        f"the first is annotations[{split.columns.entries[first]}], bbox {_plain(split.columns.boxes[first])}"
+    )
+
+
+class _Images(Sequence):
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        columns = self._columns
+        return {
+            "id": int(columns.image_ids[index]),
+            "file_name": columns.file_name(index),
+            "width": int(columns.widths[index]),
+            "height": int(columns.heights[index]),
+        }
+
+
+class _Annotations(Mapping):
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._columns.image_ids.tolist())
+
+    def __getitem__(self, image_id: int) -> list[Entry]:
+        columns = self._columns
+        rows = columns.boxes_of(columns.position(image_id))
+        return [
+            {"image_id": image_id, "bbox": _plain(box), "category_id": category_id, "iscrowd": int(crowd), "area": area}
+            for box, category_id, crowd, area in zip(
+                columns.boxes[rows],
+                columns.category_ids[rows].tolist(),
+                columns.crowds[rows],
+                _plain(columns.areas[rows]),
+                strict=True,
+            )
+        ]
+
+
+def _plain(numbers: np.ndarray) -> list[float]:
+    """Whole numbers as integers, as they are written in the JSON."""
+    return [int(number) if number.is_integer() else number for number in numbers.tolist()]

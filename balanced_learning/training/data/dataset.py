@@ -1,7 +1,9 @@
 """Images and targets for torchvision's detectors."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -9,7 +11,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from balanced_learning.training import randomness
-from balanced_learning.training.data.coco import Entry, Split, load_image
+from balanced_learning.training.data.coco import Split
+from balanced_learning.training.data.images import load_image
 from balanced_learning.training.errors import UserError
 
 Target = dict[str, Any]
@@ -24,7 +27,7 @@ class DetectionDataset(Dataset):
     Args:
         split: the data.
         label_of: the model's label of each category id.
-        images: the entries of the split to take, by default all.
+        positions: those of the images to take, by default all.
         transforms: of torchvision's v2 family, applied to image and target together.
         seed: of the augmentation.
 
@@ -36,13 +39,13 @@ class DetectionDataset(Dataset):
         self,
         split: Split,
         label_of: dict[int, int],
-        images: list[Entry] | None = None,
+        positions: Sequence[int] | np.ndarray | None = None,
         transforms: Any = None,
         seed: int = 0,
     ) -> None:
         self.split = split
         self.label_of = label_of
-        self.images = split.images if images is None else images
+        self.positions = range(len(split.images)) if positions is None else positions
         self.transforms = v2.Compose(
             [transforms or v2.Identity(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
         )
@@ -50,19 +53,20 @@ class DetectionDataset(Dataset):
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.positions)
 
     def __getitem__(self, index: int) -> Sample:
-        entry = self.images[index]
-        image = tv_tensors.Image(load_image(self.split.image_dir / entry["file_name"]))
-        annotations = self.split.boxes(entry)
-        boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
-        xywh = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=image.shape[-2:])
+        position = int(self.positions[index])
+        entry = self.split.images[position]
+        path = self.split.image_dir / entry["file_name"]
+        image = tv_tensors.Image(load_image(path, (entry["width"], entry["height"])))
+        boxes, category_ids = self.split.truth(position)
+        xywh = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=image.shape[-2:], dtype=torch.float32)
         target = {
             "boxes": v2.functional.clamp_bounding_boxes(
                 v2.functional.convert_bounding_box_format(xywh, new_format="XYXY")
             ),
-            "labels": torch.tensor([self.label_of[a["category_id"]] for a in annotations], dtype=torch.int64),
+            "labels": torch.tensor([self.label_of[i] for i in category_ids.tolist()], dtype=torch.int64),
             "image_id": entry["id"],
         }
         with randomness.seeded(self.seed, "augmentation", self.epoch, entry["id"]):

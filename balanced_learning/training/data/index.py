@@ -1,0 +1,83 @@
+"""What was read and checked of a large data set, kept in the cache for later starts to map into memory."""
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+from balanced_learning.training.data.columns import Columns
+from balanced_learning.training.errors import warn
+
+LARGE = 32 << 20  # bytes of JSON; anything smaller is read and checked anew in seconds
+_VERSION = 1
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME`` or ``~/.cache``, with a folder of our own."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "balanced-learning"
+
+
+def load_index(json_file: Path, image_dir: Path) -> tuple[Columns, dict[int, str]] | None:
+    """The index of a data set, if there is a whole one of this very JSON."""
+    folder = _folder(json_file)
+    try:
+        header = json.loads((folder / "header.json").read_text())
+        if header["of"] != _identity(json_file, image_dir):
+            return None
+        if header["checksums"] != _checksums(folder):
+            warn(f"{folder}: the index of {json_file} is damaged; reading anew")
+            return None
+        categories = {int(category_id): name for category_id, name in header["categories"].items()}
+        return Columns.map(folder), categories
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def save_index(json_file: Path, image_dir: Path, columns: Columns, categories: dict[int, str]) -> Columns:
+    """Writes the index of a data set, and returns its arrays mapped from there.
+
+    Where the cache cannot be written, a warning says so, and the arrays are returned as they are.
+    """
+    folder = _folder(json_file)
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        columns.write(unfinished)
+        header = {
+            "of": _identity(json_file, image_dir),
+            "categories": categories,
+            "checksums": _checksums(unfinished),
+        }
+        (unfinished / "header.json").write_text(json.dumps(header))
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        return Columns.map(folder)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if faster := load_index(json_file, image_dir):  # another process of this run
+            return faster[0]
+        warn(f"{folder}: no index kept ({error.strerror}); the next start reads all anew")
+        return columns
+
+
+def _folder(json_file: Path) -> Path:
+    path = str(json_file.resolve())
+    return cache_folder() / f"index-{json_file.stem}-{zlib.crc32(os.fsencode(path)):08x}"
+
+
+def _identity(json_file: Path, image_dir: Path) -> list:
+    """What an index belongs to: it is another data set if any of it is another."""
+    stat = json_file.stat()
+    return [_VERSION, str(json_file.resolve()), str(image_dir.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    checksums = {}
+    for name in Columns.array_names():
+        checksum = 0
+        with (folder / f"{name}.npy").open("rb") as file:
+            while block := file.read(1 << 22):
+                checksum = zlib.crc32(block, checksum)
+        checksums[name] = checksum
+    return checksums
