@@ -12,6 +12,7 @@ of what was found, missed, and taken for an object. checkpoint_best.pth is the c
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,15 +27,18 @@ from balanced_learning.training.data.coco import Split
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.data.splits import read_splits
 from balanced_learning.training.errors import UserError
-from balanced_learning.training.evaluation import coco_metrics, table
+from balanced_learning.training.evaluation import detections_per_image, evaluate_detections
 from balanced_learning.training.inference import predict
 from balanced_learning.training.loop import train_one_epoch
 from balanced_learning.training.model import make_model
 from balanced_learning.training.optimization import Precision, make_optimizer, make_scheduler
 from balanced_learning.training.reporting.evaluation_picture import save_evaluation
 from balanced_learning.training.reporting.figures import save_curves
-from balanced_learning.training.reporting.metrics import continue_rows, is_best, write_config, write_row
+from balanced_learning.training.reporting.metrics import continue_rows, is_best, read_rows, write_config, write_row
+from balanced_learning.training.reporting.next_steps import next_steps
+from balanced_learning.training.reporting.tables import report, summary
 from balanced_learning.training.reporting.tensorboard import TensorBoard
+from balanced_learning.training.weights import choose_labels
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,7 +59,7 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
         prepare_folder(config, checkpoint)
 
     train, val = read_splits(config)
-    labels = checkpoint.labels if checkpoint else Labels.of(train, config.model.weights)
+    labels = choose_labels(config, train, checkpoint)
     train_loader, val_loader = make_loaders(config, device, train, val, labels)
     if checkpoint:
         checkpoint.check_data(train, iterations=None if config.run.test_only else len(train_loader))
@@ -103,7 +107,8 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
                 save(folder / "checkpoint_best.pth", parts, **state)
         if tensorboard:
             tensorboard.write(row)
-    say(f"done: {folder}")
+    if is_main and (rows := read_rows(folder / "metrics.jsonl")):
+        print(next_steps(config, rows, Path(__file__).parent, val.image_dir))
 
 
 def evaluate(
@@ -115,17 +120,20 @@ def evaluate(
     precision: Precision,
     name: str,
 ) -> dict[str, float | None]:
-    """Prints the metrics, and writes them and some pictures as ``evaluation_<name>``; the main process returns them."""
+    """Prints what the main process returns, and writes it and some pictures as ``evaluation_<name>``."""
     distributed.share_buffers(model)
     detections = predict(model, val_loader, precision, config.run.print_freq)
     if not distributed.is_main():
         return {}
-    metrics = coco_metrics(val, detections, labels.label_of, config.run.coco_backend)
-    print(table(metrics))
+    evaluation = evaluate_detections(
+        val, detections, labels.label_of, config.run.coco_backend, limit=detections_per_image(model)
+    )
+    is_last = name in ("test", f"{config.training.epochs - 1:02}")
+    print(report(evaluation) if is_last else summary(evaluation))
     file = config.run.output_dir / f"evaluation_{name}.json"
-    file.write_text(json.dumps(metrics, indent=2) + "\n")
+    file.write_text(json.dumps(evaluation.plain(), indent=2) + "\n")
     save_evaluation(file.with_suffix(".png"), val_loader.dataset, detections, labels.names, config.training.seed)
-    return metrics
+    return evaluation.row()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from balanced_learning.training.command_line import make_parser
 from tests.training.small import save_untrained
 
 ROOT = Path(__file__).parents[1]
-TEXTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]
+TEXTS = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"]
 
 
 @pytest.mark.parametrize(

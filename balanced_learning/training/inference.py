@@ -15,12 +15,13 @@ from balanced_learning.training.config import Config
 from balanced_learning.training.data.batching import DetectionLoader
 from balanced_learning.training.data.dataset import DetectionDataset
 from balanced_learning.training.data.image_files import ImageFiles
-from balanced_learning.training.data.labels import Labels, class_name
+from balanced_learning.training.data.labels import class_name
 from balanced_learning.training.data.splits import read_splits
 from balanced_learning.training.errors import UserError, printable
 from balanced_learning.training.model import make_model
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.reporting.progress import Progress
+from balanced_learning.training.weights import choose_labels
 
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Any:
@@ -54,7 +55,7 @@ def detector_and_images(config: Config, checkpoint: Checkpoint | None) -> tuple[
     """
     device = distributed.start(config.run.device, config.run.dist_url)
     train, _ = read_splits(config)
-    labels = checkpoint.labels if checkpoint else Labels.of(train, config.model.weights)
+    labels = choose_labels(config, train, checkpoint)
     if checkpoint:
         checkpoint.check_data(train, iterations=None)
     detector = make_model(config, labels, checkpoint)

@@ -13,12 +13,14 @@ from urllib.error import URLError
 import pytest
 import torch
 from torch import nn
+from torchvision.models import WeightsEnum, get_model
+from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
-from balanced_learning.training import distributed
+from balanced_learning.training import distributed, load_detector
 from balanced_learning.training.data import splits
 from balanced_learning.training.data.shapes import shapes_dataset
 from examples import train_torchvision_libra
-from tests.training.small import SMALL, fingerprint
+from tests.training.small import SMALL, fingerprint, scripted
 
 
 @pytest.fixture
@@ -53,11 +55,21 @@ def rows(folder):
     return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
 
 
+def metrics(file):
+    """The metrics of an evaluation's JSON, without errors and classes."""
+    return {name: value for name, value in json.loads(file.read_text()).items() if name not in ("errors", "classes")}
+
+
 def test_without_data_it_draws_trains_evaluates_and_reports(tmp_path, monkeypatch, train):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(splits, "shapes_dataset", partial(shapes_dataset, train=8, val=2))
     out = tmp_path / "out"
-    assert "AP50" in train("--epochs", 2, "--output-dir", out)
+    said = train("--epochs", 2, "--output-dir", out)
+    assert "AP50" in said
+    done, *commands = said[said.index("done: ") :].splitlines()
+    assert f"look at {out / 'curves.png'} and evaluation_0" in done
+    assert 2 <= len(commands) <= 5
+    assert f"{out / 'checkpoint_best.pth'} {tmp_path / 'cache/balanced-learning/shapes-8-2-0/val2017'}" in commands[0]
     assert {file.name for file in out.iterdir()} == {
         "args.json",
         "checkpoint.pth",
@@ -90,7 +102,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, coco_root, train, m
 
 @pytest.fixture
 def _fingerprint(monkeypatch):
-    monkeypatch.setattr(train_torchvision_libra, "coco_metrics", fingerprint)
+    monkeypatch.setattr(train_torchvision_libra, "evaluate_detections", fingerprint)
 
 
 @pytest.mark.usefixtures("_fingerprint")
@@ -99,7 +111,7 @@ def test_test_only_repeats_the_evaluation(tmp_path, coco_root, train):
     train(*options)
     before = [(tmp_path / name).read_bytes() for name in ("checkpoint.pth", "args.json")]
     train(*options, "--test-only", "--resume", tmp_path / "checkpoint.pth")
-    tested = json.loads((tmp_path / "evaluation_test.json").read_text())
+    tested = metrics(tmp_path / "evaluation_test.json")
     assert tested.items() <= rows(tmp_path)[0].items()
     assert before == [(tmp_path / name).read_bytes() for name in ("checkpoint.pth", "args.json")]
     assert (tmp_path / "evaluation_test.png").exists()
@@ -109,7 +121,7 @@ def test_the_other_backend_evaluates_too(tmp_path, coco_root, train):
     options = ["--data-path", coco_root, *SMALL, "--output-dir", tmp_path]
     train(*options)
     train("--resume", tmp_path / "checkpoint.pth", "--test-only", "--coco-backend", "pycocotools")
-    assert json.loads((tmp_path / "evaluation_test.json").read_text()).items() <= rows(tmp_path)[0].items()
+    assert metrics(tmp_path / "evaluation_test.json").items() <= rows(tmp_path)[0].items()
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -149,7 +161,7 @@ def test_test_only_reads_the_sizes_of_the_checkpoint(tmp_path, coco_root, train,
     train("--data-path", coco_root, *SMALL, "--output-dir", tmp_path / "run")
     file = tmp_path / "run" / "checkpoint.pth"
     train("--test-only", "--resume", file, "--output-dir", tmp_path / "test")
-    tested = json.loads((tmp_path / "test" / "evaluation_test.json").read_text())
+    tested = metrics(tmp_path / "test" / "evaluation_test.json")
     assert tested.items() <= rows(tmp_path / "run")[0].items()
     message = error("--test-only", "--resume", file, "--min-size", 800)
     assert message.startswith(f"error: --min-size 800: {file} was made with --min-size 64")
@@ -157,8 +169,7 @@ def test_test_only_reads_the_sizes_of_the_checkpoint(tmp_path, coco_root, train,
 
 
 def test_the_best_checkpoint_is_kept(tmp_path, coco_root, train, monkeypatch):
-    scores = iter([0.2, 0.5, 0.5, 0.3])
-    monkeypatch.setattr(train_torchvision_libra, "coco_metrics", lambda *_: {"AP": next(scores)})
+    monkeypatch.setattr(train_torchvision_libra, "evaluate_detections", scripted(0.2, 0.5, 0.5, 0.3))
     train("--data-path", coco_root, *SMALL, "--epochs", 3, "--output-dir", tmp_path)
     train("--resume", tmp_path / "checkpoint.pth", "--epochs", 4)
     epochs = [torch.load(tmp_path / name)["epoch"] for name in ("checkpoint.pth", "checkpoint_best.pth")]
@@ -169,7 +180,7 @@ TWO_PROCESSES = """
 import sys
 from examples import train_torchvision_libra
 from tests.training.small import fingerprint
-train_torchvision_libra.coco_metrics = fingerprint
+train_torchvision_libra.evaluate_detections = fingerprint
 train_torchvision_libra.main(sys.argv[1:])
 """
 
@@ -191,10 +202,10 @@ def test_two_processes_evaluate_an_odd_number_of_images_once_each(tmp_path, coco
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("AP50") == 1
+    assert result.stdout.count("dAP50") == 1
     saved = tmp_path / "two" / "checkpoint.pth"
     train("--test-only", "--resume", saved, "--output-dir", tmp_path / "one")
-    alone = json.loads((tmp_path / "one" / "evaluation_test.json").read_text())
+    alone = metrics(tmp_path / "one" / "evaluation_test.json")
     together = {name: rows(tmp_path / "two")[0][name] for name in alone}
     assert together == pytest.approx(alone, rel=1e-4)
 
@@ -274,6 +285,7 @@ def test_a_download_that_cannot_be_had_names_its_flag(tmp_path, coco_root, error
     options = ["--data-path", coco_root, "--device", "cpu", "--output-dir", tmp_path]
     message = error(*options, "--backbone", "resnet18")
     assert "--weights-backbone IMAGENET1K_V1: the weights could not be downloaded" in message
+    assert "--weights-backbone FILE takes a local file" in message
     assert "--weights-backbone none" in message
 
 
@@ -296,12 +308,74 @@ def test_wrong_options_are_named(tmp_path, coco_root, error, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--backbone", "vgg16", "--weights-backbone", "none"], "--backbone vgg16 .*must be one of .*resnet50"),
-        (["--weights-backbone", "IMAGENET22K"], "weights_backbone must be IMAGENET1K_V1, .*got 'IMAGENET22K'"),
+        (
+            ["--backbone", "vgg16", "--weights-backbone", "none"],
+            "--backbone vgg16: .*must be one of .*mobilenet_v2, .*resnet50",
+        ),
+        (
+            ["--weights-backbone", "IMAGENET22K"],
+            "--weights-backbone IMAGENET22K: no such file, .*resnet50 are IMAGENET1K_V1, ",
+        ),
     ],
 )
 def test_a_model_that_torchvision_does_not_have_is_named(tmp_path, coco_root, error, options, message):
     assert re.search(message, error("--data-path", coco_root, "--device", "cpu", "--output-dir", tmp_path, *options))
+
+
+def test_batch_norm_that_meets_one_pixel_is_named(tmp_path, coco_root, error):
+    options = ["--backbone", "resnet18", "--weights-backbone", "none", "--min-size", 24, "--max-size", 32, "-b", 1]
+    message = error("--data-path", coco_root, *options, "-j", 0, "--device", "cpu", "--output-dir", tmp_path)
+    assert "batch norm cannot train on 1 image so small" in message
+    assert "--min-size" in message
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--small"],
+        ["--small", "--model", "libra_retinanet"],
+        ["--backbone", "mobilenet_v3_small", "--weights-backbone", "mobilenet.pth"],
+    ],
+    ids=["detector", "retinanet", "backbone"],
+)
+def test_a_fine_tuned_run_does_without_the_file(tmp_path, coco_root, edit, train, monkeypatch, flags):
+    """Its checkpoint goes on, is evaluated and loaded though the file is gone and nothing can be downloaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *_, **__: pytest.fail("a download"))
+    options = ["--data-path", coco_root, *SMALL[1:], *flags]
+    if "--small" in flags:
+        file = tmp_path / "before" / "checkpoint.pth"
+        train(*options, "--output-dir", file.parent)
+        for part in ("train", "val"):
+            edit(lambda content: content["categories"][1].update(name="cart"), part)
+        options += ["--weights", file]
+        starts_anew = "it knows no category 'cart'"
+    else:
+        file = tmp_path / "mobilenet.pth"
+        torch.save(get_model("mobilenet_v3_small", weights=None).state_dict(), file)
+        starts_anew = "takes backbone.body"
+    assert starts_anew in train(*options, "--epochs", 2, "--output-dir", tmp_path / "whole")
+    train(*options, "--output-dir", tmp_path / "parts")
+    file.unlink()
+    train(*options, "--epochs", 2, "--resume", tmp_path / "parts" / "checkpoint.pth")
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    detectors = [load_detector(tmp_path / name / "checkpoint.pth") for name in ("parts", "whole")]
+    weights = [detector.state_dict() for detector in detectors]
+    assert str(detectors[0]) == str(detectors[1])
+    assert all(value.equal(weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("model", ["libra_fasterrcnn", "libra_retinanet"])
+def test_torchvisions_weights_are_fine_tuned_to_other_categories(tmp_path, coco_root, edit, train, monkeypatch, model):
+    for part in ("train", "val"):
+        edit(lambda content: content.update(categories=[{"id": 90, "name": "thing"}]), part)
+    stock = {"libra_fasterrcnn": fasterrcnn_resnet50_fpn, "libra_retinanet": retinanet_resnet50_fpn}[model]
+    weights = stock(weights=None, weights_backbone=None).state_dict()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: weights)
+    options = ["--data-path", coco_root, *SMALL[1:], "--model", model, "--weights", "DEFAULT"]
+    assert "(it knows no category 'thing')" in train(*options, "--output-dir", tmp_path)
+    assert math.isfinite(rows(tmp_path)[0]["loss"])
+    assert load_detector(tmp_path / "checkpoint.pth").categories == {1: "thing"}
 
 
 def test_a_checkpoint_is_never_lost(tmp_path, coco_root, train, error, monkeypatch):
@@ -338,9 +412,10 @@ def test_categories_of_both_halves_must_agree(tmp_path, coco_root, edit, error):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path, coco_root, error, workers):
     file = coco_root / "train2017" / "11.png"
-    file.write_bytes(file.read_bytes()[:60])  # its header is whole, so the check before training passes
+    content = file.read_bytes()
+    file.write_bytes(content[:60] + content[-12:])  # header and end are whole, so the check before training passes
     message = error("--data-path", coco_root, *SMALL, "-j", workers, "--output-dir", tmp_path)
-    assert f"{file}: unreadable image" in message
+    assert f"{file} is unreadable" in message
 
 
 @pytest.mark.slow
@@ -357,8 +432,7 @@ def test_real_coco_images_at_full_size(tmp_path, real_data, train, model):
 
 
 def test_a_run_that_goes_on_in_another_folder_keeps_its_history(tmp_path, coco_root, train, monkeypatch):
-    scores = iter([0.5, 0.2, 0.3, 0.4, 0.6])
-    monkeypatch.setattr(train_torchvision_libra, "coco_metrics", lambda *_: {"AP": next(scores)})
+    monkeypatch.setattr(train_torchvision_libra, "evaluate_detections", scripted(0.5, 0.2, 0.3, 0.4, 0.6))
     train("--data-path", coco_root, *SMALL, "--epochs", 2, "--output-dir", tmp_path / "first")
     train("--resume", tmp_path / "first" / "checkpoint_best.pth", "--output-dir", tmp_path / "other", "--epochs", 3)
     assert [row["AP"] for row in rows(tmp_path / "other")] == [0.5, 0.3, 0.4]

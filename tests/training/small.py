@@ -1,5 +1,6 @@
 """A run that takes seconds: its flags, their settings, a checkpoint, and an evaluation that tells models apart."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from balanced_learning.training.checkpoint import save
 from balanced_learning.training.command_line import make_parser, read_command_line
 from balanced_learning.training.config import Config
 from balanced_learning.training.data.labels import Labels
+from balanced_learning.training.evaluation import ErrorKind, Evaluation
 from balanced_learning.training.model import build_model
+from balanced_learning.training.tide import KINDS, SPECIAL_KINDS
 
 SMALL = ["--small", "--min-size", "64", "--max-size", "96", "-j", "0", "-b", "2", "--epochs", "1", "--device", "cpu"]
 
@@ -30,10 +33,21 @@ def save_untrained(path: Path) -> Path:
     return path
 
 
-def fingerprint(split: Any, detections: dict[int, dict[str, Any]], *_: Any) -> dict[str, float]:
+def evaluation_of(**metrics: float) -> Evaluation:
+    """An evaluation of these metrics, without errors and classes."""
+    return Evaluation(metrics, {kind: ErrorKind(0, None) for kind in (*KINDS, *SPECIAL_KINDS)}, [])
+
+
+def scripted(*aps: float) -> Callable[..., Evaluation]:
+    """In place of ``evaluate_detections``: finds these APs one after the other."""
+    left = iter(aps)
+    return lambda *_, **__: evaluation_of(AP=next(left))
+
+
+def fingerprint(split: Any, detections: dict[int, dict[str, Any]], *_: Any, limit: int) -> Evaluation:
     """Sums of the detections in place of COCO's metrics, of which a model that has hardly learned has none above 0."""
     assert sorted(detections) == sorted(image["id"] for image in split.images)
-    return {
-        "AP": sum(output["scores"].sum().item() for output in detections.values()),
-        "AP50": sum(output["boxes"].sum().item() for output in detections.values()) / 1e4,
-    }
+    return evaluation_of(
+        AP=sum(output["scores"].sum().item() for output in detections.values()),
+        AP50=sum(output["boxes"].sum().item() for output in detections.values()) / 1e4,
+    )

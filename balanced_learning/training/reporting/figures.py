@@ -27,7 +27,7 @@ def save_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     """Draws the losses and the AP of all epochs."""
     epochs = [row["epoch"] for row in rows]
     figure, (losses, precision) = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
-    for name in (n for n in rows[-1] if "loss" in n or n in ("classification", "bbox_regression")):
+    for name in (n for n in rows[-1] if ("loss" in n and "/" not in n) or n in ("classification", "bbox_regression")):
         values = [row.get(name, math.nan) for row in rows]
         style = {"color": "black", "linewidth": 2.5} if name == "loss" else {}
         losses.plot(epochs, values, label="loss, the sum" if name == "loss" else name, marker=".", **style)
