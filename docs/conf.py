@@ -18,6 +18,7 @@ suppress_warnings = ["toc.not_readable"]
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
+maximum_signature_line_length = 90
 autodoc_typehints = "none"  # the docstrings give types with their shapes
 napoleon_custom_sections = ["Shape", "Export", "Reference"]
 napoleon_use_ivar, napoleon_use_param, napoleon_use_rtype = True, False, False  # most types are no links

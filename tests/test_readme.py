@@ -6,8 +6,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from PIL import ExifTags, Image
 
 from balanced_learning.training.command_line import make_parser
+from tests.training.small import save_untrained
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"]
@@ -44,5 +46,25 @@ def test_links_lead_somewhere(text):
 
 
 def test_python_blocks_compile():
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+    for block in _python_blocks():
         compile(block, "README.md", "exec")
+
+
+def test_twelve_lines_predict(tmp_path, monkeypatch):
+    """On an image on its side, with a checkpoint that finds something everywhere."""
+    (block,) = (each for each in _python_blocks() if "load_detector" in each)
+    assert len([line for line in block.splitlines() if line]) == 12
+    monkeypatch.chdir(tmp_path)
+    save_untrained(Path(re.search(r'load_detector\("(.*?)"\)', block)[1]))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.effect_noise((90, 60), 80).save("street.jpg", exif=exif)
+    result: dict = {}
+    exec(block.replace("0.5", "0.1"), result)  # noqa: S102
+    assert set(result["names"]) == {"cat", "dog [old]"}
+    with Image.open("street-found.png") as picture:
+        assert picture.size == (60, 90)
+
+
+def _python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -139,7 +139,7 @@ def libra_fasterrcnn(
         ValueError: for an unknown backbone, or weights or stages it does not have.
 
     Example:
-        >>> model = libra_fasterrcnn(backbone_name="resnet18", weights_backbone=None, num_classes=7, min_size=320)
+        >>> model = libra_fasterrcnn(backbone_name="resnet18", weights_backbone=None, num_classes=7)
     """
     backbone = _backbone(
         backbone_name, weights_backbone, progress, trainable_backbone_layers, norm_layer, finest_level=2
@@ -178,7 +178,7 @@ def libra_retinanet(
         ValueError: for an unknown backbone, or weights or stages it does not have.
 
     Example:
-        >>> model = libra_retinanet(backbone_name="resnet18", weights_backbone=None, num_classes=7, min_size=320)
+        >>> model = libra_retinanet(backbone_name="resnet18", weights_backbone=None, num_classes=7)
     """
     backbone = _backbone(
         backbone_name, weights_backbone, progress, trainable_backbone_layers, norm_layer, finest_level=3

@@ -140,6 +140,21 @@ def save(path: Path, parts: dict[str, Any], *, config: Config, labels: Labels, e
         raise UserError(f"{path}: cannot be written ({error}); the last checkpoint is untouched") from None
 
 
+def make_folder(folder: Path) -> None:
+    """Makes an output folder.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
+
+
 def prepare_folder(config: Config, checkpoint: Checkpoint | None) -> None:
     """Makes the output folder, in the main process.
 
@@ -150,13 +165,7 @@ def prepare_folder(config: Config, checkpoint: Checkpoint | None) -> None:
     if not distributed.is_main():
         return
     folder = config.run.output_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
+    make_folder(folder)
     existing = folder / "checkpoint.pth"
     if not existing.exists() or config.run.test_only:
         return

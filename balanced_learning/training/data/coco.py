@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from balanced_learning.training.data.coco_json import read_json
 from balanced_learning.training.data.columns import Columns
 from balanced_learning.training.data.image_check import check_images
+from balanced_learning.training.data.images import load_image
 from balanced_learning.training.data.index import LARGE, load_index, save_index
 from balanced_learning.training.data.left_out import Cause, count_in_words, find_causes
 from balanced_learning.training.errors import UserError, warn
@@ -65,6 +67,15 @@ class Split:
         rows = self.columns.boxes_of(position)
         learned = self.causes[rows] == Cause.NONE
         return self.columns.boxes[rows][learned], self.columns.category_ids[rows][learned]
+
+    def load_image(self, position: int) -> Image.Image:
+        """An image as its annotations see it, RGB.
+
+        Raises:
+            UserError: if it cannot be decoded, or has changed since it was checked.
+        """
+        entry = self.images[position]
+        return load_image(self.image_dir / entry["file_name"], (entry["width"], entry["height"]))
 
     def first(self, count: int) -> "Split":
         """The same split with its first images alone."""

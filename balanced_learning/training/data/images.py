@@ -44,7 +44,7 @@ def load_image(path: str | Path, size: Size | None = None) -> Image.Image:
     """Decodes an image, as RGB of 8 bits a channel.
 
     Transparency is dropped, as torchvision's ``CocoDetection`` drops it; of an animation the first frame is taken.
-    Where more pixels are allowed than Pillow allows, ``PIL.Image.MAX_IMAGE_PIXELS`` is the user's to set.
+    The limit of pixels is Pillow's: twice ``PIL.Image.MAX_IMAGE_PIXELS``, which is the user's to raise.
 
     Args:
         path: the file.

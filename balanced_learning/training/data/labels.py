@@ -51,3 +51,8 @@ class Labels:
         if own != split.categories:
             odd = min(set(own.items()) ^ set(split.categories.items()))
             raise UserError(f"{source}: trained on other categories than {split.json_file} has, such as {odd}")
+
+
+def class_name(names: dict[int, str], label: int) -> str:
+    """The name of a label. The weights may know classes that the data has no name for."""
+    return names.get(label, f"class {label}")

@@ -11,11 +11,11 @@ from torchvision.ops import box_area, box_convert, box_iou
 from balanced_learning.training import randomness
 from balanced_learning.training.data.coco import Entry
 from balanced_learning.training.data.dataset import DetectionDataset
+from balanced_learning.training.data.labels import class_name
 from balanced_learning.training.reporting.pictures import (
     Color,
     Mark,
     as_image,
-    class_name,
     draw_marks,
     load_font,
     shorten,

@@ -14,6 +14,8 @@ from torch import Tensor
 from torchvision.ops import box_area
 from torchvision.transforms.v2.functional import to_pil_image
 
+from balanced_learning.training.data.labels import class_name
+
 Color = tuple[int, int, int]
 
 SMALLEST_SIDES = 160, 640  # of a picture, the shorter and the longer one in pixels, to have room for words
@@ -59,11 +61,6 @@ def detection_marks(found: dict[str, Tensor], names: dict[int, str]) -> list[Mar
     columns = (found[key].tolist() for key in ("boxes", "scores", "labels"))
     ranked = sorted(zip(*columns, strict=True), key=lambda row: -row[1])
     return [Mark(box, class_color(label), f"{class_name(names, label)} {score:.2f}") for box, score, label in ranked]
-
-
-def class_name(names: dict[int, str], label: int) -> str:
-    """The name of a label; the weights may know classes that the data has no name for."""
-    return names.get(label, f"class {label}")
 
 
 def as_image(image: Tensor) -> Image.Image:
