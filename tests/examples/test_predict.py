@@ -158,7 +158,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(run):
     assert [each["file"] for each in predictions] == ["in/1.png", "in/3.png", "in/8.png"]
     assert [line.split()[1].rstrip(":") for line in warnings.splitlines()] == [f"in/{i}.png" for i in (2, 4, 5, 6, 7)]
     assert "1 x 4000 pixels" in warnings
-    assert "5 images were left out" in printed
+    assert "left out: 5 of 8 images" in printed
 
 
 def test_nothing_readable_is_an_error(error):
