@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean
@@ -27,8 +26,7 @@ from _common import RESULTS, environment, markdown, write
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {"Libra": [], "plain": ["--no-sampler", "--no-pyramid", "--no-box-loss"]}
-BCCD = ["--small", "-b", "4", "--min-size", "160", "--max-size", "240", "--epochs", "5", "-j", "0", "--opt", "adamw"]
-BCCD += ["--lr", "0.001", "--lr-scheduler", "cosineannealinglr", "--warmup-iters", "60", "--print-freq", "50"]
+BCCD = ["--recipe", "shapes", "--min-size", "160", "--max-size", "240", "--epochs", "12"]
 CASES = {"shapes": ([], 3), "bccd": (BCCD, 2)}  # options and number of seeds
 
 
@@ -41,28 +39,29 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     unfinished = RESULTS / f"training_{args.case}.unfinished.json"  # untracked: it makes no commit dirty
-    results = _begun(unfinished, environment("cpu"))
-    runs = dict(_runs(args.case))
+    results = _begun(unfinished, environment("cpu") | {"runs_at_a_time": args.jobs})
+    options = _options(args.case)
+    done = results["runs"]
     with ThreadPoolExecutor(args.jobs) as pool:
         todo = {
-            pool.submit(run, options, args.data_path, args.threads): name
-            for name, options in runs.items()
-            if name not in results["runs"]
+            pool.submit(run, options[name], args.data_path, args.threads): name for name in options if name not in done
         }
         for future in as_completed(todo):
-            results["runs"][todo[future]] = future.result()
+            done[todo[future]] = future.result()
             write(unfinished, results)
-    results["runs"] = {name: results["runs"][name] for name in runs}
+    results["runs"] = {name: done[name] for name in options}
     write(RESULTS / f"training_{args.case}.json", results)
     unfinished.unlink(missing_ok=True)
     print(f"\n{table(results)}")
 
 
-def _runs(case: str) -> Iterator[tuple[str, list[str]]]:
+def _options(case: str) -> dict[str, list[str]]:
     options, num_seeds = CASES[case]
-    for seed in range(num_seeds):
-        for name, parts in PARTS.items():
-            yield _run_name(name, seed), [*options, *parts, "--seed", str(seed)]
+    return {
+        _run_name(name, seed): [*options, *parts, "--seed", str(seed)]
+        for seed in range(num_seeds)
+        for name, parts in PARTS.items()
+    }
 
 
 def _begun(unfinished: Path, surroundings: dict) -> dict:

@@ -4,8 +4,9 @@
     python examples/predict.py runs/.../checkpoint_best.pth photos "more/*/*.png" --score 0.3 --output-dir found
 
 Takes images, folders, which are searched with all folders in them, and patterns. Writes a picture with the boxes of
-each image, and predictions.json: a list with file, boxes (x1, y1, x2, y2 in pixels of the upright image), scores and
-labels of each image. What cannot be read is named and left out; what is done when the program is stopped is kept.
+each image, a small one enlarged, and predictions.json: a list with file, boxes (x1, y1, x2, y2 in pixels of the upright
+image), scores and labels of each image. What cannot be read is named and left out; what is done when the program is
+stopped is kept.
 """
 
 import argparse
@@ -31,7 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="checkpoint.pth or checkpoint_best.pth of a run")
     parser.add_argument("paths", nargs="+", metavar="PATH", help="image, folder, or pattern such as 'photos/**/*.jpg'")
     parser.add_argument("--output-dir", type=Path, help="default: a folder predictions/ beside the checkpoint")
-    parser.add_argument("--score", type=float, default=0.5, help="lowest score of a detection (default: 0.5)")
+    parser.add_argument(
+        "--score", type=float, default=0.5, help="lowest score shown (default: 0.5; there is none below 0.05)"
+    )
     parser.add_argument("--device", default="auto", help="cuda, cpu, ...; auto: cuda if there is one")
     try:
         run(parser.parse_args(argv))
@@ -71,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     if not num_found:
         print("nothing is that sure; --score takes a lower one")
     if num_unread:
-        print(f"{num_unread} images were left out; the warnings name them")
+        print(f"left out: {num_unread} of {len(files)} images, which the warnings name")
     print(f"wrote the pictures and predictions.json to {folder}")
     if interrupted:
         sys.exit(f"stopped after {len(records) + num_unread} of {len(files)} images")

@@ -107,8 +107,8 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
                 save(folder / "checkpoint_best.pth", parts, **state)
         if tensorboard:
             tensorboard.write(row)
-    if is_main:
-        print(next_steps(config, read_rows(folder / "metrics.jsonl"), Path(__file__).parent, val.image_dir))
+    if is_main and (rows := read_rows(folder / "metrics.jsonl")):
+        print(next_steps(config, rows, Path(__file__).parent, val.image_dir))
 
 
 def evaluate(

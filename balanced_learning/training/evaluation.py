@@ -175,8 +175,7 @@ def _tell_limits(split: Split, truth: Boxes, limit: int | None) -> None:
     beyond_detector = np.maximum(of_image - (limit or len(single)), 0)
     if beyond_detector.sum() > beyond.sum():
         told = (
-            f"{np.count_nonzero(beyond_detector)} images have more than {limit} objects (up to "
-            f"{of_image.max()}), and the detector returns {limit} boxes an image: "
+            f"the detector returns at most {limit} boxes of an image, and images have up to {of_image.max()} objects: "
             f"{beyond_detector.sum()} of {len(single)} objects count as missed"
         )
     elif beyond.any():
@@ -184,10 +183,9 @@ def _tell_limits(split: Split, truth: Boxes, limit: int | None) -> None:
         missed = np.bincount(pairs % num_categories, beyond)
         recall = (objects - missed)[objects > 0] / objects[objects > 0]
         told = (
-            f"{len(np.unique(pairs[beyond > 0] // num_categories))} images have more than {MAX_DETECTIONS} objects of "
-            f"a class (up to {counts.max()}), and COCO counts {MAX_DETECTIONS} detections of a class in an image: "
-            f"{beyond.sum()} of {len(single)} objects count as missed; AR100 is at most {100 * recall.mean():.1f} and "
-            f"AP at most {100 * (RECALLS[:, None] <= recall).mean():.1f}"
+            f"COCO counts {MAX_DETECTIONS} detections of a class in an image, and images have up to {counts.max()} "
+            f"objects of one: {beyond.sum()} of {len(single)} objects count as missed; AR100 is at most "
+            f"{100 * recall.mean():.1f} and AP at most {100 * (RECALLS[:, None] <= recall).mean():.1f}"
         )
     else:
         return

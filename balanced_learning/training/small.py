@@ -30,7 +30,7 @@ def small_fasterrcnn(num_classes: int, **options: Any) -> FasterRCNN:
         rpn_pre_nms_top_n_train=200,
         rpn_pre_nms_top_n_test=200,
         rpn_post_nms_top_n_train=100,
-        rpn_post_nms_top_n_test=100,
+        rpn_post_nms_top_n_test=200,
         **options,
     )
     return detector.to(memory_format=torch.channels_last)  # which CPUs convolve faster

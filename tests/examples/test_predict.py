@@ -11,26 +11,15 @@ from torchvision.transforms.functional import to_tensor
 from torchvision.utils import save_image
 
 from balanced_learning.training import inference, load_detector
-from balanced_learning.training.checkpoint import save
 from balanced_learning.training.data.image_files import find_images, picture_files
-from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
-from balanced_learning.training.model import build_model
 from examples import predict
-from tests.training.small import SMALL, config_of
+from tests.training.small import save_untrained
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """One whose detector, with random weights, finds something everywhere."""
-    path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
-    config = config_of("--data-path", "-", *SMALL, "--output-dir", path.parent)
-    labels = Labels({1: "cat", 2: "dog [old]"}, {1: 1, 2: 2}, num_classes=3)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = build_model(config, labels.num_classes)
-    save(path, {"model": model}, config=config, labels=labels, epoch=0, iterations=1)
-    return path
+    return save_untrained(tmp_path_factory.mktemp("run") / "checkpoint.pth")
 
 
 @pytest.fixture
@@ -169,7 +158,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(run):
     assert [each["file"] for each in predictions] == ["in/1.png", "in/3.png", "in/8.png"]
     assert [line.split()[1].rstrip(":") for line in warnings.splitlines()] == [f"in/{i}.png" for i in (2, 4, 5, 6, 7)]
     assert "1 x 4000 pixels" in warnings
-    assert "5 images were left out" in printed
+    assert "left out: 5 of 8 images" in printed
 
 
 def test_nothing_readable_is_an_error(error):

@@ -165,12 +165,15 @@ def crowded(coco_root, edit):
 def test_what_cocos_limit_leaves_to_reach_is_told_and_reached(crowded, capsys):
     metrics = coco_metrics(*crowded, LABEL_OF, BACKENDS[0])
     message = capsys.readouterr().err
-    assert "1 images have more than 100 objects of a class (up to 120)" in message
+    assert "COCO counts 100 detections of a class in an image, and images have up to 120 objects of one" in message
     assert "20 of 121 objects count as missed" in message
     assert f"AR100 is at most {100 * metrics['AR100']:.1f} and AP at most {100 * metrics['AP']:.1f}" in message
 
 
-@pytest.mark.parametrize(("limit", "told"), [(50, "returns 50 boxes an image: 70 of 121"), (100, "COCO counts 100")])
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [(50, "at most 50 boxes of an image, and images have up to 120 objects: 70"), (100, "COCO counts 100")],
+)
 def test_the_detectors_limit_is_told_if_it_costs_more(crowded, capsys, limit, told):
     evaluate_detections(*crowded, LABEL_OF, BACKENDS[0], limit=limit)
     assert capsys.readouterr().err.count(told) == 1

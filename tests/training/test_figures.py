@@ -66,7 +66,7 @@ def dataset(coco_root, edit):
 
     edit(spoil)
     split = read_split(coco_root, "train2017")
-    return DetectionDataset(split, Labels.of(split, None).label_of)
+    return DetectionDataset(split, Labels.of(split).label_of)
 
 
 def test_images_are_chosen_by_seed_and_those_with_boxes_first(dataset):
@@ -181,7 +181,7 @@ def test_the_pyramid_outlines_the_ground_truth_on_image_and_levels(tmp_path, kep
 def test_the_real_sheet(real_data, tmp_path):
     """Every object is found by itself."""
     split = read_split(real_data("coco_tiny"), "val2017")
-    labels = Labels.of(split, None)
+    labels = Labels.of(split)
     dataset = DetectionDataset(split, labels.label_of)
     detections = {}
     for index in choose_images(dataset, 0):

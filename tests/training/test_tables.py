@@ -6,7 +6,7 @@ from balanced_learning.training.tide import KINDS, SPECIAL_KINDS
 
 
 def result(number, ap, name=None, **costs):
-    errors = {kind: ErrorKind(0, costs.get(kind, 0.0)) for kind in (*KINDS, *SPECIAL_KINDS)}
+    errors = {kind: ErrorKind(int(kind in costs), costs.get(kind, 0.0)) for kind in (*KINDS, *SPECIAL_KINDS)}
     return ClassResult(number, name or f"class {number}", 0 if ap is None else 5, ap, ap, errors)
 
 
@@ -44,8 +44,8 @@ def test_of_many_classes_the_worst_and_the_best_are_shown(count, shown):
 
 
 def test_a_class_tells_what_costs_it_most_and_its_name_cannot_harm_the_terminal():
-    costly = result(1, 0.5, "a\x1b[31m/\n" + 50 * "é", localisation=0.2, missed=0.3)
+    costly = result(1, 0.5, "a\x1b[31m/\n" + 50 * "é", localisation=0.2, missed=0.3, **{"false negative": 0.4})
     text = report(evaluation([costly, result(2, None, "nowhere")]))
-    assert "   50.0   50.0       5  missed 30.0            a\\x1b[31m/\\nééé" in text
+    assert "   50.0   50.0        5      4  missed 30.0            a\\x1b[31m/\\nééé" in text
     assert 40 * "é" not in text
-    assert "      -      -       0  -                      nowhere" in text
+    assert "      -      -        0      0  -                      nowhere" in text

@@ -42,7 +42,7 @@ def test_tensorboard_gets_metrics_and_sampled_ious(coco_root, tmp_path, options)
 
     main(["--data-path", str(coco_root), *SMALL, *options, "--tensorboard", "--output-dir", str(tmp_path)])
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert {"loss", "AP"} <= set(events.Tags()["scalars"])
+    assert {"loss", "AP", "dAP50/missed", "AP/toothbrush"} <= set(events.Tags()["scalars"])
     has_histogram = "IoU of sampled negatives" in events.Tags()["histograms"]
     assert has_histogram == ("--no-box-loss" not in options)
 

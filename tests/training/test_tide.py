@@ -230,6 +230,21 @@ def test_costs_are_what_pycocotools_finds_once_the_errors_are_mended(seed, crowd
         assert errors.counts[kind].sum() > 0
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_detections_of_equal_scores_rank_as_in_coco(seed):
+    truth, found = draw(seed, crowds=0.1)
+    found = [(*row[:3], round(row[3], 1)) for row in found]
+    assert find_errors(*as_boxes(truth, found), 30, 3).ap50 == pytest.approx(coco_ap50(truth, found), abs=1e-12)
+
+
+def test_objects_of_one_place_are_found_one_by_one():
+    truth = boxes((0, 0, OBJECT), (0, 0, OBJECT), (0, 1, OBJECT))
+    found = boxes((0, 0, OBJECT, 0.5), (0, 0, OBJECT, 0.5), (0, 1, OBJECT, 0.5), (0, 0, OBJECT, 0.5))
+    errors = find_errors(truth, found, 1, 2)
+    assert errors.ap50.tolist() == [1, 1]
+    assert kinds_of(errors) == {"classification": 1}  # it is on an object of class 1, too
+
+
 def test_costs_are_those_of_tidecv(monkeypatch):
     """Recorded with tidecv 1.0.1, whose recalls are off COCO's by rounding; it has no class without ground truth."""
     truth, found = draw(0, crowds=0)

@@ -12,7 +12,7 @@ MEANINGS = {
     "localisation": "on an object, but with an IoU of 0.1 to 0.5: what balanced L1 is for",
     "both": "near an object of another class",
     "duplicate": "on an object that is already found",
-    "background": "on no object: what the IoU-balanced sampler is for",
+    "background": "on no object: what the IoU-balanced sampler is for, where the detector samples",
     "missed": "objects that no detection is near",
     "false positive": "all false detections together",
     "false negative": "all objects not found, missed or near a false detection",
@@ -47,7 +47,7 @@ def _errors_table(evaluation: Evaluation) -> str:
 def _classes_table(evaluation: Evaluation) -> str:
     known = sorted((each for each in evaluation.classes if each.AP is not None), key=lambda each: each.AP or 0)
     unknown = [each for each in evaluation.classes if each.AP is None]
-    lines = ["classes, from the lowest AP", "     AP   AP50 objects  costs most             class"]
+    lines = ["classes, from the lowest AP", "     AP   AP50  objects  found  costs most             class"]
     if len(known) > 2 * SHOWN_CLASSES:
         left_out = f"    ... {len(known) - 2 * SHOWN_CLASSES} more, all in the JSON"
         lines += [*map(_class_line, known[:SHOWN_CLASSES]), left_out, *map(_class_line, known[-SHOWN_CLASSES:])]
@@ -64,7 +64,8 @@ def _class_line(result: ClassResult) -> str:
     costly = f"{kind} {_percent(cost)}" if cost else "-"
     name = printable(result.name)
     name = name if len(name) <= SHOWN_LETTERS else f"{name[: SHOWN_LETTERS - 3]}..."
-    return f"{_percent(result.AP):>7}{_percent(result.AP50):>7}{result.objects:>8}  {costly:<21}  {name}"
+    found = result.objects - result.errors["false negative"].count
+    return f"{_percent(result.AP):>7}{_percent(result.AP50):>7}{result.objects:>9}{found:>7}  {costly:<21}  {name}"
 
 
 def _percent(value: float | None) -> str:
