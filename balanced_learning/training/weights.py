@@ -15,7 +15,7 @@ from balanced_learning.training.checkpoint import NORM_EPS, Checkpoint
 from balanced_learning.training.config import Config, ModelConfig, flag_of
 from balanced_learning.training.data.coco import Split
 from balanced_learning.training.data.labels import Labels
-from balanced_learning.training.errors import UserError
+from balanced_learning.training.errors import UserError, printable
 from balanced_learning.training.state_dicts import find_state_dict, load, read_tensors
 
 State = dict[str, Tensor]
@@ -90,7 +90,7 @@ class DetectorWeights:
         Raises:
             UserError: if they cannot be read.
         """
-        flag = f"--weights {config.weights}"
+        flag = f"--weights {printable(config.weights)}"
         offered = _OFFERED[config.model]
         coco = offered.COCO_V1
         names = coco.meta["categories"]
@@ -171,7 +171,7 @@ def _parts(keys: Iterable[str]) -> str:
 
 
 def _load_backbone(body: nn.Module, name: str, weights: str) -> str:
-    flag = f"--weights-backbone {weights}"
+    flag = f"--weights-backbone {printable(weights)}"
     offered = get_model_weights(name)
     if weights in offered.__members__:
         state = _download(offered[weights], flag)
