@@ -134,6 +134,18 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]  # the kernels do not call Python
 
 
+def readme() -> str:
+    """The README for a page elsewhere: its links to files lead to those of this version in the repository."""
+    project = Path("pyproject.toml").read_text(encoding="utf-8")
+    source, version = (re.search(rf'^{key} = "(.+)"$', project, re.MULTILINE)[1] for key in ("Source", "version"))
+
+    def absolute(link: re.Match) -> str:
+        before, image, path = link.groups()
+        return f"{before}{source}/{'raw' if image else 'blob'}/v{version}/{path}" if Path(path).exists() else link[0]
+
+    return re.sub(r"((!\[[^]]*)?\]\()([^)#]+)", absolute, Path("README.md").read_text(encoding="utf-8"))
+
+
 choices = {"auto": [k for k in SOURCES if not missing(k)], "none": [], "cpu": ["cpu"], "cuda": ["cpu", "cuda"]}
 if MODE not in choices:
     sys.exit(f"BALANCED_LEARNING_BUILD must be one of {', '.join(choices)}, got {MODE}")
@@ -141,4 +153,9 @@ if {"bdist_wheel", "editable_wheel", "build_ext"} & set(sys.argv):
     obstacles = [f"{kind} would need {missing(kind)}" for kind in SOURCES if missing(kind)]
     report(f"BALANCED_LEARNING_BUILD={MODE}: kernels for {', '.join(choices[MODE]) or 'nothing'}", *obstacles, sep="; ")
 modules = [Extension(f"balanced_learning._{kind}", SOURCES[kind], optional=MODE == "auto") for kind in choices[MODE]]
-setup(ext_modules=modules, cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel})
+setup(
+    ext_modules=modules,
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+)

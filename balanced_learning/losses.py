@@ -27,7 +27,7 @@ def balanced_l1_loss(
 
     .. math::
         \frac{\partial L}{\partial |x|} = \begin{cases}
-            \alpha \ln(b |x| / \beta + 1) & |x| < \beta \\
+            \alpha \, \ln(b |x| / \beta + 1) & |x| < \beta \\
             \gamma                        & \text{otherwise}
         \end{cases}
         \qquad b = e^{\gamma / \alpha} - 1
@@ -36,7 +36,7 @@ def balanced_l1_loss(
 
     .. math::
         L_1(u) = \begin{cases}
-            \frac{\alpha}{b} (b u + 1) \ln(b u + 1) - \alpha u & u < 1 \\
+            \frac{\alpha}{b} (b u + 1) \, \ln(b u + 1) - \alpha u & u < 1 \\
             \gamma u + \gamma / b - \alpha                     & \text{otherwise}
         \end{cases}
 
@@ -44,12 +44,12 @@ def balanced_l1_loss(
     not mmdetection's formula, whose slope is neither the paper's nor continuous.
 
     Args:
-        input (Tensor[*]): predictions, of any floating-point type.
-        target (Tensor[*]): what they should be, of the same shape or broadcastable.
+        input (Tensor[...]): predictions, of any shape and floating-point type.
+        target (Tensor[...]): what they should be, of the same shape or broadcastable.
         alpha (float): how much inliers count; a smaller alpha raises their gradients. > 0.
         gamma (float): upper bound of the gradient, reached by outliers. > 0.
         beta (float): the error, in the units of ``input``, that divides inliers from outliers. > 0.
-        weight (Tensor, optional): factors of the elements, broadcastable to them, applied before the reduction.
+        weight (Tensor[...], optional): factors of the elements, broadcastable to them, applied before the reduction.
         reduction (str): ``"none"``, ``"mean"`` or ``"sum"``.
 
     Returns:

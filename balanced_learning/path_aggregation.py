@@ -39,9 +39,9 @@ class PathAggregation(Neck):
     Example:
         >>> import torch
         >>> path = PathAggregation(in_channels=16, num_levels=2)
-        >>> features = {"0": torch.rand(1, 16, 26, 32), "1": torch.rand(1, 16, 13, 16), "2": torch.rand(1, 16, 7, 8)}
+        >>> features = {str(i): torch.rand(1, 16, side, side) for i, side in enumerate((26, 13, 7))}
         >>> {name: tuple(level.shape) for name, level in path(features).items()}
-        {'0': (1, 16, 26, 32), '1': (1, 16, 13, 16), '2': (1, 16, 7, 8)}
+        {'0': (1, 16, 26, 26), '1': (1, 16, 13, 13), '2': (1, 16, 7, 7)}
     """
 
     def __init__(self, in_channels: int = 256, num_levels: int = 4) -> None:

@@ -55,7 +55,7 @@ class BalancedFeaturePyramid(Neck):
     Example:
         >>> import torch
         >>> bfp = BalancedFeaturePyramid(in_channels=16, refine_level=1)
-        >>> features = {"0": torch.rand(1, 16, 32, 32), "1": torch.rand(1, 16, 16, 16), "2": torch.rand(1, 16, 7, 7)}
+        >>> features = {str(i): torch.rand(1, 16, side, side) for i, side in enumerate((32, 16, 7))}
         >>> {name: tuple(level.shape) for name, level in bfp(features).items()}
         {'0': (1, 16, 32, 32), '1': (1, 16, 16, 16), '2': (1, 16, 7, 7)}
     """

@@ -24,6 +24,9 @@ class NonLocal(nn.Module):
         init (str): ``"zero"``: the embeddings start normal with standard deviation 0.01 and the output convolution
             at 0, so that the block is the identity; ``"xavier"``: all start from Xavier's uniform distribution.
 
+    Shape:
+        A map :math:`(N, C, H, W)`; the output has the same shape.
+
     Reference:
         Xiaolong Wang, Ross Girshick, Abhinav Gupta, Kaiming He: Non-local Neural Networks.
         https://arxiv.org/abs/1711.07971
@@ -57,7 +60,16 @@ class NonLocal(nn.Module):
 
 
 class ConvRefine(nn.Module):
-    """ReLU of a 3 x 3 convolution, without a residual."""
+    r"""ReLU of a 3 x 3 convolution, without a residual: :math:`\max(0, W * x + b)`.
+
+    Args:
+        channels (int): channels of the map.
+        init (str): ``"xavier"``: Xavier's uniform distribution; ``"zero"``: Kaiming's normal distribution, since a
+            block without a residual that started at zero would stay there.
+
+    Shape:
+        A map :math:`(N, C, H, W)`; the output has the same shape.
+    """
 
     def __init__(self, channels: int, *, init: str) -> None:
         super().__init__()

@@ -16,13 +16,13 @@ from . import _ops
 
 @dataclass(frozen=True)
 class IoUBalancedSampler:
-    """Chooses the boxes that an image contributes to the training loss, section 3.1 of Libra R-CNN.
+    r"""Chooses the boxes that an image contributes to the training loss, section 3.1 of Libra R-CNN.
 
     **Negatives** (equations 1 and 2): the interval ``[floor_iou, max_iou]`` is cut into K = ``num_bins`` equal bins. Of
-    the N negatives wanted, ``floor(N / K)`` are drawn from each bin, uniformly: a candidate of bin k is drawn with
-    probability ``N / K / M_k``. What is short, because a bin holds too few or N is no multiple of K, is drawn uniformly
-    from the candidates not yet taken. IoU 0 belongs to the first bin; the last one is closed and also holds
-    what lies above ``max_iou``.
+    the N negatives wanted, :math:`\lfloor N / K \rfloor` are drawn from each bin, uniformly: one of the :math:`M_k`
+    candidates of bin k is drawn with the probability :math:`p_k = \frac{N}{K} \cdot \frac{1}{M_k}`. What is short,
+    because a bin holds too few or N is no multiple of K, is drawn uniformly from the candidates not yet taken. IoU 0
+    belongs to the first bin; the last one is closed and also holds what lies above ``max_iou``.
 
     **Positives**: every ground truth contributes the same number, as far as it has that many.
 
@@ -39,7 +39,7 @@ class IoUBalancedSampler:
     Args:
         batch_size_per_image (int): boxes to choose in an image.
         positive_fraction (float): the share of them, rounded down, that positives may take. In [0, 1].
-        num_bins (int): K.
+        num_bins (int): number of bins, K in the paper.
         max_iou (float, optional): where the last bin ends: the IoU below which a candidate is a negative. ``None``: the
             largest IoU of all candidates of the image, positives included, which is what mmdetection does; with a
             ground truth among the candidates that is 1, so bins are empty and two bins are random sampling.
@@ -55,7 +55,8 @@ class IoUBalancedSampler:
         >>> sampler = IoUBalancedSampler(batch_size_per_image=4, positive_fraction=0.5)
         >>> labels = torch.tensor([0, 0, 0, 0, 7, 0, -1])
         >>> ious = torch.tensor([0.0, 0.0, 0.2, 0.4, 0.9, 0.0, 0.5])
-        >>> positive_masks, negative_masks = sampler([labels], [ious], [torch.zeros(7, dtype=torch.int64)])
+        >>> matched_idxs = torch.zeros(7, dtype=torch.int64)
+        >>> positive_masks, negative_masks = sampler([labels], [ious], [matched_idxs])
         >>> positive_masks[0].nonzero().flatten()
         tensor([4])
         >>> negative_masks[0][2:4]  # one from each of the three bins

@@ -3,10 +3,10 @@
     python examples/plot_pyramid.py                                                 # a drawn image, random weights
     python examples/plot_pyramid.py --data-path coco --resume runs/.../checkpoint.pth --image street.jpg
 
-Takes the options of the training script; without --image the first of its training images. Writes pyramid.png to the
-output folder: each level as it comes from the FPN, after integration alone and after refinement. The heat is the mean
-over channels of the absolute value. It means something for trained weights only; and a pyramid that has not been
-trained refines nothing, so that its last two columns are the same.
+Takes the options of the training script; without --image the first of its training images, with its boxes. Writes
+pyramid.png to the output folder: each level as it comes from the FPN, after integration alone and after refinement. The
+heat is the mean over channels of the absolute value. It means something for trained weights only; and a pyramid that
+has not been trained refines nothing, so that its last two columns are the same.
 """
 
 import argparse
@@ -44,12 +44,16 @@ def run(given: argparse.Namespace) -> None:
     if not config.model.pyramid:
         raise UserError("--no-pyramid: there is no pyramid to draw")
     model, dataset = detector_and_images(config, checkpoint)
-    image = _read(given.image) if given.image else dataset[0][0]
+    if given.image:
+        image, boxes = _read(given.image), torch.empty(0, 4)
+    else:
+        image, target = dataset[0]
+        boxes = target["boxes"]
     averages, levels = find_heat(model, image.to(next(model.parameters()).device))
     folder = config.run.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     neck = "PAFPN" if config.model.path_aggregation else "FPN"
-    save_pyramid(folder / "pyramid.png", image, averages, levels, neck)
+    save_pyramid(folder / "pyramid.png", image, boxes, averages, levels, neck)
     print(f"wrote pyramid.png to {folder}")
 
 

@@ -12,18 +12,24 @@ import argparse
 import sys
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
-from balanced_learning.detection.imbalance import draw_balanced, draw_random, match_proposals, negative_iou_shares
+from balanced_learning.detection.imbalance import (
+    bin_edges,
+    draw_balanced,
+    draw_random,
+    interval_edges,
+    match_proposals,
+    negative_iou_shares,
+)
 from balanced_learning.training import randomness
 from balanced_learning.training.command_line import make_parser, read_command_line
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.inference import detector_and_images
 from balanced_learning.training.reporting.figures import save_iou_shares, save_sampled_boxes
 
-INTERVALS = 10  # that the histogram divides [0, max_iou] into
+INTERVALS = 10  # of the histogram, or more: it cuts every bin into equally many
 DRAWS = 50  # that it averages
 SHOWN_IMAGES = 3
 
@@ -51,25 +57,24 @@ def run(given: argparse.Namespace) -> None:
 
     balanced = model.roi_heads.fg_bg_sampler
     random = BalancedPositiveNegativeSampler(balanced.batch_size_per_image, balanced.positive_fraction)
-    max_iou = balanced.max_iou or 1.0
-    shares = negative_iou_shares(proposals, balanced, random, intervals=INTERVALS, draws=DRAWS)
-    print(table(shares, max_iou))
+    edges = interval_edges(balanced, at_least=INTERVALS)
+    shares = negative_iou_shares(proposals, balanced, random, edges=edges, draws=DRAWS)
+    print(table(shares, edges))
     folder = config.run.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    save_iou_shares(folder / "sampling_ious.png", shares, max_iou)
+    save_iou_shares(folder / "sampling_ious.png", shares, edges, bin_edges(balanced))
     shown = proposals[:SHOWN_IMAGES]
     masks = {
         "random": [draw_random(each, random) for each in shown],
         "IoU-balanced": [draw_balanced(each, balanced) for each in shown],
     }
-    save_sampled_boxes(folder / "sampling_boxes.png", shown, masks, max_iou)
+    save_sampled_boxes(folder / "sampling_boxes.png", shown, masks, bin_edges(balanced))
     print(f"wrote sampling_ious.png and sampling_boxes.png to {folder}")
 
 
-def table(shares: dict[str, Tensor], max_iou: float) -> str:
-    edges = torch.linspace(0, max_iou, INTERVALS + 1).tolist()
+def table(shares: dict[str, Tensor], edges: Tensor) -> str:
     lines = [f"{'share of negatives with IoU':>28}" + "".join(f"{name:>14}" for name in shares)]
-    for i, (low, high) in enumerate(pairwise(edges)):
+    for i, (low, high) in enumerate(pairwise(edges.tolist())):
         values = "".join(f"{100 * share[i].item():>12.1f} %" for share in shares.values())
         lines.append(f"{f'{low:.2f} to {high:.2f}':>28}{values}")
     return "\n".join(lines)

@@ -6,12 +6,13 @@
     torchrun --nproc-per-node 8 examples/train_torchvision_libra.py --data-path coco      # and on eight
     python examples/train_torchvision_libra.py --resume runs/.../checkpoint.pth           # goes on as it began
 
-The output folder gets args.json, and after every epoch checkpoint.pth, a row of metrics.jsonl, curves.png and pictures
-of predictions beside the ground truth. checkpoint_best.pth is the checkpoint with the highest AP.
+The output folder gets args.json, and after every epoch checkpoint.pth, a row of metrics.jsonl, curves.png and a picture
+of what was found, missed, and taken for an object. checkpoint_best.pth is the checkpoint with the highest AP.
 """
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,12 +32,13 @@ from balanced_learning.training.inference import predict
 from balanced_learning.training.loop import train_one_epoch
 from balanced_learning.training.model import make_model
 from balanced_learning.training.optimization import Precision, make_optimizer, make_scheduler
-from balanced_learning.training.reporting.figures import save_curves, save_predictions
-from balanced_learning.training.reporting.metrics import continue_rows, is_best, write_config, write_row
+from balanced_learning.training.reporting.evaluation_picture import save_evaluation
+from balanced_learning.training.reporting.figures import save_curves
+from balanced_learning.training.reporting.metrics import continue_rows, is_best, read_rows, write_config, write_row
+from balanced_learning.training.reporting.next_steps import next_steps
 from balanced_learning.training.reporting.tables import report, summary
 from balanced_learning.training.reporting.tensorboard import TensorBoard
-
-NUM_PICTURES = 4
+from balanced_learning.training.weights import choose_labels
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,7 +59,7 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
         prepare_folder(config, checkpoint)
 
     train, val = read_splits(config)
-    labels = checkpoint.labels if checkpoint else Labels.of(train, config.model.weights)
+    labels = choose_labels(config, train, checkpoint)
     train_loader, val_loader = make_loaders(config, device, train, val, labels)
     if checkpoint:
         checkpoint.check_data(train, iterations=None if config.run.test_only else len(train_loader))
@@ -105,7 +107,8 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
                 save(folder / "checkpoint_best.pth", parts, **state)
         if tensorboard:
             tensorboard.write(row)
-    say(f"done: {folder}")
+    if is_main and (rows := read_rows(folder / "metrics.jsonl")):
+        print(next_steps(config, rows, Path(__file__).parent, val.image_dir))
 
 
 def evaluate(
@@ -129,9 +132,7 @@ def evaluate(
     print(report(evaluation) if is_last else summary(evaluation))
     file = config.run.output_dir / f"evaluation_{name}.json"
     file.write_text(json.dumps(evaluation.plain(), indent=2) + "\n")
-    samples = (val_loader.dataset[i] for i in range(min(NUM_PICTURES, len(val.images))))
-    pictures = ((image, target, detections[target["image_id"]]) for image, target in samples)
-    save_predictions(file.with_suffix(".png"), pictures, labels.names)
+    save_evaluation(file.with_suffix(".png"), val_loader.dataset, detections, labels.names, config.training.seed)
     return evaluation.row()
 
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from email import message_from_string
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,25 @@ def test_torch_is_fetched_only_to_compile(source: Path, mode: str, compiler: str
     environment = {**os.environ, "BALANCED_LEARNING_BUILD": mode, "CXX": compiler, "PYTHONPATH": str(source)}
     result = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=True)
     assert ("torch>=2.11" in result.stdout.splitlines()[-1]) == needs_torch
+
+
+def test_links_of_the_readme_work_on_a_page_elsewhere(source: Path) -> None:
+    for name in ("docs/page.md", "docs/picture.png"):
+        write_program(source / name, "")
+    links = "[a](docs/page.md#b) ![c](docs/picture.png) [![d](docs/picture.png)](docs/page.md) [e](docs/) "
+    others = "[f](https://example.org/g) [h](#i) `function[0](j)` [k](no-such-file)"
+    (source / "README.md").write_text(links + others)
+    replace(source / "pyproject.toml", 'Source = "https://', 'Source = "https://mirror.')
+    replace(source / "pyproject.toml", 'version = "', 'version = "7.')
+    command = [sys.executable, "-c", "import build_backend; build_backend.prepare_metadata_for_build_wheel('.')"]
+    environment = {**os.environ, "BALANCED_LEARNING_BUILD": "none", "PYTHONPATH": str(source)}
+    subprocess.run(command, cwd=source, env=environment, capture_output=True, check=True)
+    metadata = message_from_string(next(source.glob("*.dist-info/METADATA")).read_text())
+    (address,) = (url for url in metadata.get_all("Project-URL") if url.startswith("Source, "))
+    blob, raw = (f"{address.removeprefix('Source, ')}/{page}/v{metadata['Version']}/docs" for page in ("blob", "raw"))
+    assert blob.startswith("https://mirror.")
+    expected = f"[a]({blob}/page.md#b) ![c]({raw}/picture.png) [![d]({raw}/picture.png)]({blob}/page.md) [e]({blob}/) "
+    assert metadata.get_payload().strip() == expected + others
 
 
 def test_sdist_holds_what_is_tracked(tmp_path: Path) -> None:

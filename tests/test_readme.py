@@ -6,27 +6,30 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from PIL import ExifTags, Image
 
 from balanced_learning.training.command_line import make_parser
+from tests.training.small import save_untrained
 
 ROOT = Path(__file__).parents[1]
-TEXTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]
+TEXTS = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"]
 
 
 @pytest.mark.parametrize(
-    ("name", "benchmark"),
+    ("name", "benchmark", "text"),
     [
-        ("training_shapes", "training"),
-        ("training_bccd", "training"),
-        ("kernel_speed_cpu", "kernel_speed"),
-        ("sampler_speed_cpu", "sampler_speed"),
-        ("pyramid_speed_cpu", "pyramid_speed"),
+        ("training_shapes", "training", "README.md"),
+        ("training_bccd", "training", "README.md"),
+        ("kernel_speed_cpu", "kernel_speed", "README.md"),
+        ("sampler_speed_cpu", "sampler_speed", "README.md"),
+        ("pyramid_speed_cpu", "pyramid_speed", "README.md"),
+        ("reading_speed", "reading_speed", "docs/guides/own_data.md"),
     ],
 )
-def test_figures_are_those_a_command_wrote(name, benchmark, monkeypatch):
+def test_figures_are_those_a_command_wrote(name, benchmark, text, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")  # where its folder is when it is run
     results = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
-    assert f"<!-- {name} -->\n{import_module(benchmark).table(results)}\n" in (ROOT / "README.md").read_text()
+    assert f"<!-- {name} -->\n{import_module(benchmark).table(results)}\n" in (ROOT / text).read_text()
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
@@ -44,5 +47,26 @@ def test_links_lead_somewhere(text):
 
 
 def test_python_blocks_compile():
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+    for block in _python_blocks():
         compile(block, "README.md", "exec")
+
+
+def test_twelve_lines_predict(tmp_path, monkeypatch):
+    """On an image on its side, with a checkpoint that finds something everywhere."""
+    (block,) = (each for each in _python_blocks() if "load_detector" in each)
+    assert len([line for line in block.splitlines() if line]) == 12
+    monkeypatch.chdir(tmp_path)
+    save_untrained(Path(re.search(r'load_detector\("(.*?)"\)', block)[1]))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.effect_noise((90, 60), 80).save("street.jpg", exif=exif)
+    result: dict = {}
+    exec(block.replace("0.5", "0.1"), result)  # noqa: S102
+    assert result["names"]
+    assert set(result["names"]) <= {"cat", "dog [old]"}
+    with Image.open("street-found.png") as picture:
+        assert picture.size == (60, 90)
+
+
+def _python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

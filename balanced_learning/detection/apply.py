@@ -61,8 +61,8 @@ def apply_libra(
             assign ``model.rpn.fg_bg_sampler = dataclasses.replace(model.rpn.fg_bg_sampler, num_bins=5)`` afterwards.
         path_aggregation (bool or PathAggregation): whether the levels of the FPN go through a bottom-up path, before
             coarser ones are made of them: PAFPN, and with a balanced pyramid behind it the paper's Balanced PAFPN
-            (table 5). Their sizes must halve from level to level, which those of torchvision's MobileNets do not. An
-            FPN that is put in place of ``model.backbone.fpn`` afterwards is an error at the next call.
+            (table 5). Their sizes must halve from level to level, which those of torchvision's MobileNet detectors do
+            not. An FPN that is put in place of ``model.backbone.fpn`` afterwards is an error at the next call.
 
     Returns:
         FasterRCNN or RetinaNet: the same model.
@@ -152,7 +152,9 @@ def _check(
         raise TypeError(f"rpn must be True or False, got {rpn!r}")
     if not isinstance(path_aggregation, bool | nn.Module):
         raise TypeError(f"path_aggregation must be True, False or a PathAggregation, got {path_aggregation!r}")
-    ours = (LibraRoIHeads, LibraRPN, LibraRetinaNetRegressionHead, BalancedFeaturePyramid, PathAggregation)
+    ours: tuple[type, ...] = (LibraRoIHeads, LibraRPN, LibraRetinaNetRegressionHead)
+    if pyramid is not False or path_aggregation is not False:
+        ours += (BalancedFeaturePyramid, PathAggregation)  # which a backbone may have built in, if none is added
     has_neck = hasattr(model.backbone, "bfp") or hasattr(model.backbone, "path_aggregation")
     if has_neck or any(isinstance(module, ours) for module in model.modules()):
         raise ValueError("model is balanced already: apply_libra works once on a model, with all parts in one call")

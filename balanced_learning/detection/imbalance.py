@@ -1,5 +1,6 @@
 """Measurements of the imbalances that Libra R-CNN is about, of a detector on images."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ def negative_iou_shares(
     balanced: IoUBalancedSampler,
     random: BalancedPositiveNegativeSampler,
     *,
-    intervals: int,
+    edges: Tensor,
     draws: int,
 ) -> dict[str, Tensor]:
     """The share of negatives in each interval of IoU, figure 3 of Libra R-CNN.
@@ -65,11 +66,12 @@ def negative_iou_shares(
     Args:
         proposals: of some images.
         balanced, random: the samplers to compare.
-        intervals: how many equal ones ``[0, max_iou]`` is divided into. What lies above is in the last.
+        edges: of the intervals, closed below, such as those of :func:`interval_edges`. What lies beyond the first or
+            last edge is in the first or last interval. [I + 1]
         draws: how many of each sampler are averaged.
 
     Returns:
-        dict[str, Tensor[intervals]]: of ``all`` negatives, of the ``hard`` ones (those of highest classification loss,
+        dict[str, Tensor[I]]: of ``all`` negatives, of the ``hard`` ones (those of highest classification loss,
         ``batch_size_per_image`` in each image), and of those that ``random`` and ``IoU-balanced`` sampling chooses.
     """
     chosen: dict[str, list[Tensor]] = {"all": [], "hard": [], "random": [], "IoU-balanced": []}
@@ -81,9 +83,41 @@ def negative_iou_shares(
         for _ in range(draws):
             chosen["random"].append(each.ious[draw_random(each, random)])
             chosen["IoU-balanced"].append(each.ious[draw_balanced(each, balanced)])
-    top = balanced.max_iou or 1.0
-    counts = {name: torch.cat(ious).clamp(max=top).histc(intervals, 0, top) for name, ious in chosen.items()}
-    return {name: count / count.sum().clamp(min=1) for name, count in counts.items()}
+    shares = {}
+    for name, ious in chosen.items():
+        interval = torch.bucketize(torch.cat(ious), edges[1:-1].contiguous(), right=True)
+        counts = interval.bincount(minlength=len(edges) - 1)
+        shares[name] = counts / counts.sum().clamp(min=1)
+    return shares
+
+
+def bin_edges(sampler: IoUBalancedSampler) -> list[float]:
+    """The IoUs at which the bins of a sampler begin, and the last one ends (without ``max_iou``, at 1). [K + 1]
+
+    Example:
+        >>> bin_edges(IoUBalancedSampler(num_bins=2, max_iou=0.5))
+        [0.0, 0.25, 0.5]
+    """
+    low, high = sampler.floor_iou, 1.0 if sampler.max_iou is None else sampler.max_iou
+    return [low + (high - low) * k / sampler.num_bins for k in range(sampler.num_bins + 1)]
+
+
+def interval_edges(sampler: IoUBalancedSampler, at_least: int) -> Tensor:
+    """Edges of intervals that cut every bin of a sampler into equally many, with one below its floor. [I + 1]
+
+    Args:
+        sampler: see :func:`bin_edges`.
+        at_least: the number of intervals in all bins together.
+
+    Example:
+        >>> interval_edges(IoUBalancedSampler(num_bins=2, max_iou=0.5, floor_iou=0.1), at_least=4)
+        tensor([0.0000, 0.1000, 0.2000, 0.3000, 0.4000, 0.5000])
+    """
+    parts = math.ceil(at_least / sampler.num_bins)
+    starts, end = bin_edges(sampler)[:-1], bin_edges(sampler)[-1]
+    width = (end - starts[0]) / sampler.num_bins / parts
+    edges = [start + width * i for start in starts for i in range(parts)] + [end]
+    return torch.tensor([0.0, *edges] if starts[0] > 0 else edges)
 
 
 def draw_balanced(proposals: MatchedProposals, sampler: IoUBalancedSampler) -> Tensor:

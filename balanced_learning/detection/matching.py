@@ -58,6 +58,9 @@ def match(
         boxes (list[Tensor[M, 4]]): proposals or anchors, xyxy in pixels.
         gt_boxes (list[Tensor[G, 4]]): ground truth, xyxy in pixels. G may be 0.
         gt_labels (list[Tensor[G]]): their labels, in the type that those of the boxes shall have.
+
+    Returns:
+        Matches: a label [M] for each box of each image, with the IoU, the index and the ground truth it belongs to.
     """
     is_stock = type(matcher) is Matcher and similarity is box_iou
     if is_stock and _is_complete(boxes, gt_boxes, gt_labels):

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from balanced_learning import backend_info
 from balanced_learning.training import distributed
@@ -12,7 +14,9 @@ from balanced_learning.training.config import Config, setting_fields
 from balanced_learning.training.data.coco import Split
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
+from balanced_learning.training.state_dicts import read_tensors
 
+NORM_EPS = 1e-5  # torchvision's default of frozen batch norm
 _KEYS = {"model", "epoch", "iterations", "config", "categories", "category_ids", "num_classes", "versions"}
 
 
@@ -26,6 +30,7 @@ class Checkpoint:
         labels: of its model.
         epoch: the one just ended.
         iterations: of an epoch, on each process.
+        norm_eps: epsilon of the model's frozen batch norm, which follows from the weights that it started from.
         states: by name, the state of the model, the optimizer, ...
     """
 
@@ -34,6 +39,7 @@ class Checkpoint:
     labels: Labels
     epoch: int
     iterations: int
+    norm_eps: float
     states: dict[str, Any]
 
     @classmethod
@@ -43,16 +49,34 @@ class Checkpoint:
         Raises:
             UserError: if the file cannot be read or is no checkpoint of these programs.
         """
-        content = _read(path)
-        if not isinstance(content, dict) or not content.keys() >= _KEYS:
+        content = read_tensors(path, str(path))
+        if not cls.is_one(content):
             raise UserError(f"{path}: not a checkpoint of these programs")
+        return cls.of(path, content)
+
+    @staticmethod
+    def is_one(content: Any) -> bool:
+        """Whether the content of a file is a checkpoint of these programs."""
+        return isinstance(content, dict) and content.keys() >= _KEYS
+
+    @classmethod
+    def of(cls, path: Path, content: dict[str, Any]) -> "Checkpoint":
+        """The checkpoint with this content.
+
+        Raises:
+            UserError: if its settings or categories cannot be read.
+        """
         labels = Labels(content["categories"], content["category_ids"], content["num_classes"])
+        if not (isinstance(labels.names, dict) and isinstance(labels.category_ids, dict)):
+            raise UserError(f"{path}: its categories cannot be read")
         states = {name: state for name, state in content.items() if name not in _KEYS or name == "model"}
         try:
             config = _config(path, content["config"])
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"{path}: its settings cannot be read ({error})") from None
-        return cls(path, config, labels, content["epoch"], content["iterations"], states)
+        # Earlier versions did not save it, and had no other weights of detectors than torchvision's.
+        norm_eps = states.pop("norm_eps", 0.0 if config.model.weights else NORM_EPS)
+        return cls(path, config, labels, content["epoch"], content["iterations"], norm_eps, states)
 
     def restore(self, parts: dict[str, Any]) -> None:
         """Loads the states of the parts by their names.
@@ -104,6 +128,7 @@ def save(path: Path, parts: dict[str, Any], *, config: Config, labels: Labels, e
         "categories": labels.names,
         "category_ids": labels.category_ids,
         "num_classes": labels.num_classes,
+        "norm_eps": _norm_eps(parts),
         "versions": backend_info(),
     }
     unfinished = path.with_suffix(".unfinished")
@@ -113,6 +138,21 @@ def save(path: Path, parts: dict[str, Any], *, config: Config, labels: Labels, e
     except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error}); the last checkpoint is untouched") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Makes an output folder.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
 
 
 def prepare_folder(config: Config, checkpoint: Checkpoint | None) -> None:
@@ -125,13 +165,7 @@ def prepare_folder(config: Config, checkpoint: Checkpoint | None) -> None:
     if not distributed.is_main():
         return
     folder = config.run.output_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
+    make_folder(folder)
     existing = folder / "checkpoint.pth"
     if not existing.exists() or config.run.test_only:
         return
@@ -141,15 +175,9 @@ def prepare_folder(config: Config, checkpoint: Checkpoint | None) -> None:
         raise UserError(f"--resume {checkpoint.path}: {existing} is of a later epoch; name another --output-dir")
 
 
-def _read(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception:  # whatever zip and pickle make of other bytes
-        raise UserError(
-            f"{path}: not a checkpoint: damaged, or with other things than tensors and plain values"
-        ) from None
+def _norm_eps(parts: dict[str, Any]) -> float:
+    modules = (module for part in parts.values() if isinstance(part, nn.Module) for module in part.modules())
+    return next((module.eps for module in modules if isinstance(module, FrozenBatchNorm2d)), NORM_EPS)
 
 
 def _config(path: Path, plain: dict[str, Any]) -> Config:

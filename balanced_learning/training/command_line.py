@@ -14,8 +14,18 @@ else:
     import tomli as tomllib
 
 from balanced_learning.training.checkpoint import Checkpoint
-from balanced_learning.training.config import COURSE, MODEL, PAPER_IMAGES, PAPER_LR, Config, flag_of, setting_fields
+from balanced_learning.training.config import (
+    COURSE,
+    MODEL,
+    PAPER_IMAGES,
+    PAPER_LR,
+    Config,
+    ModelConfig,
+    flag_of,
+    setting_fields,
+)
 from balanced_learning.training.errors import UserError
+from balanced_learning.training.weights import are_torchvisions
 
 
 def make_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -163,17 +173,20 @@ def _as_typed(name: str, value: Any) -> str:
 def _settled(config: Config) -> Config:
     """Checks settings against each other, and fills in those that follow from others or from the machine."""
     model, training, run, data = config.model, config.training, config.run, config.data
-    if model.small and (model.weights or model.backbone != "resnet50"):
-        flag = f"--weights {model.weights}" if model.weights else f"--backbone {model.backbone}"
-        raise UserError(f"{flag}: a --small detector has its own backbone and no weights; pass --no-small")
-    if model.weights and model.backbone != "resnet50":
-        raise UserError(f"--weights {model.weights}: torchvision has COCO weights for --backbone resnet50 alone")
+    if are_torchvisions(model.weights) and (model.small or model.backbone != "resnet50"):
+        hint = "pass --no-small" if model.small else f"got --backbone {model.backbone}"
+        raise UserError(f"--weights {model.weights}: torchvision has COCO weights for resnet50 alone; {hint}")
+    if model.small and model.backbone != "resnet50":
+        raise UserError(f"--backbone {model.backbone}: a --small detector has its own; pass --no-small")
+    if model.weights_backbone not in (None, ModelConfig.weights_backbone) and (model.small or model.weights):
+        other = "--small detector is trained from scratch" if model.small else "detector with --weights has a backbone"
+        raise UserError(f"--weights-backbone {model.weights_backbone}: a {other}; leave one of them out")
     if model.rpn and model.model == "libra_retinanet":
         raise UserError("--rpn: RetinaNet has no RPN; pass --no-rpn")
     if training.opt == "sgd_nesterov" and training.momentum == 0:
         raise UserError("--momentum 0: --opt sgd_nesterov needs one")
     if run.test_only and not (run.resume or model.weights):
-        raise UserError("--test-only: there are no trained weights; pass --resume FILE, or --weights NAME")
+        raise UserError("--test-only: there are no trained weights; pass --resume or --weights")
     values = config.values()
     if training.lr is None:
         values["lr"] = paper_lr(config)

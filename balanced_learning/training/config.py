@@ -75,25 +75,28 @@ class ModelConfig:
     """The detector."""
 
     model: str = _setting("libra_fasterrcnn", "the detector", binds=MODEL, choices=list(PAPER_LR))
-    backbone: str = _setting("resnet50", "any ResNet or ResNeXt of torchvision", binds=MODEL)
+    backbone: str = _setting("resnet50", "any ResNet, ResNeXt or MobileNet of torchvision", binds=MODEL)
     sampler: bool = _setting(True, "IoU-balanced sampling (Faster R-CNN)", binds=COURSE)
     pyramid: bool = _setting(True, "balanced feature pyramid", binds=MODEL)
     path_aggregation: bool = _setting(False, "bottom-up path of PAFPN behind the FPN's levels", binds=MODEL)
     box_loss: bool = _setting(True, "balanced L1", binds=COURSE)
     rpn: bool = _setting(False, "balance the RPN, too (Faster R-CNN)", binds=COURSE)
-    small: bool = _setting(False, "a ResNet-18 detector that a CPU can train from scratch", binds=MODEL)
+    small: bool = _setting(False, "a small detector that a CPU can train from scratch", binds=MODEL)
     weights: str | None = _setting(
-        None, "torchvision's COCO weights to start from, e.g. DEFAULT", binds=MODEL, metavar="NAME"
+        None,
+        "detector to start from: torchvision's COCO weights, e.g. DEFAULT, or a file with a checkpoint or a state dict",
+        binds=MODEL,
+        metavar="NAME|FILE",
     )
     weights_backbone: str | None = _setting(
         "IMAGENET1K_V1",
-        "torchvision's ImageNet weights of the backbone; none: from scratch",
+        "torchvision's ImageNet weights of the backbone, or a file with a state dict; none: from scratch",
         binds=MODEL,
         type=_name_or_none,
-        metavar="NAME",
+        metavar="NAME|FILE",
     )
     trainable_backbone_layers: int | None = _setting(
-        None, "stages trained, from the last", binds=COURSE, type=int, choices=range(6)
+        None, "stages trained, from the last", binds=COURSE, type=int, choices=range(7)
     )
     rpn_score_thresh: float = _setting(0.0, "lowest objectness of a proposal", binds=COURSE, type=_amount)
     min_size: int = _setting(800, "shorter side of an image, in pixels", binds=MODEL, type=_positive)

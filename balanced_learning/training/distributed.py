@@ -16,12 +16,7 @@ def start(device: str, dist_url: str) -> torch.device:
     Raises:
         UserError: for a device that torch cannot use.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    device = find_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if device == "cuda":
@@ -30,6 +25,21 @@ def start(device: str, dist_url: str) -> torch.device:
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, init_method=dist_url)
     return torch.device(device)
+
+
+def find_device(name: str) -> str:
+    """The name of a device; ``auto`` is a GPU if there is one.
+
+    Raises:
+        UserError: for a device that torch cannot use.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def stop() -> None:

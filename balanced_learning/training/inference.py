@@ -1,22 +1,27 @@
-"""Trained detectors, and their detections on a data set."""
+"""Trained detectors, and their detections on a data set or on image files."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import to_dtype, to_image
 
 from balanced_learning.training import distributed
 from balanced_learning.training.checkpoint import Checkpoint
 from balanced_learning.training.config import Config
 from balanced_learning.training.data.batching import DetectionLoader
 from balanced_learning.training.data.dataset import DetectionDataset
-from balanced_learning.training.data.labels import Labels
+from balanced_learning.training.data.image_files import ImageFiles
+from balanced_learning.training.data.labels import class_name
 from balanced_learning.training.data.splits import read_splits
-from balanced_learning.training.errors import UserError
+from balanced_learning.training.errors import UserError, printable
 from balanced_learning.training.model import make_model
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.reporting.progress import Progress
+from balanced_learning.training.weights import choose_labels
 
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Any:
@@ -50,7 +55,7 @@ def detector_and_images(config: Config, checkpoint: Checkpoint | None) -> tuple[
     """
     device = distributed.start(config.run.device, config.run.dist_url)
     train, _ = read_splits(config)
-    labels = checkpoint.labels if checkpoint else Labels.of(train, config.model.weights)
+    labels = choose_labels(config, train, checkpoint)
     if checkpoint:
         checkpoint.check_data(train, iterations=None)
     detector = make_model(config, labels, checkpoint)
@@ -74,3 +79,46 @@ def predict(
         for target, output in zip(targets, outputs, strict=True):
             detections[target["image_id"]] = {name: value.float().cpu() for name, value in output.items()}
     return distributed.union_over_processes(detections)
+
+
+class Prediction(NamedTuple):
+    """What a detector finds in an image file, on the CPU."""
+
+    file: Path
+    image: Image.Image  # upright
+    found: dict[str, Tensor]  # boxes [N, 4], xyxy in pixels of the image, scores [N] and labels [N]
+
+    def record(self, names: dict[int, str]) -> dict[str, Any]:
+        """The same in plain values, with the names of the labels."""
+        return {
+            "file": str(self.file),
+            "boxes": self.found["boxes"].tolist(),
+            "scores": self.found["scores"].tolist(),
+            "labels": [class_name(names, label) for label in self.found["labels"].tolist()],
+        }
+
+
+@torch.inference_mode()
+def predict_files(detector: nn.Module, files: Sequence[Path], score_thresh: float) -> Iterator[Prediction | UserError]:
+    """Finds the objects of each image file, one after the other, so that no image changes what is found in another.
+
+    Yields:
+        For each of the files a prediction, without what has a score below the threshold; or an error that names it, if
+        it cannot be read or the detector cannot take its size.
+    """
+    device = next(detector.parameters()).device
+    progress = Progress("prediction", print_freq=20)
+    for file, image in zip(files, progress.over(ImageFiles(files), status=lambda: ""), strict=True):
+        if isinstance(image, UserError):
+            yield image
+            continue
+        try:
+            (found,) = detector([to_dtype(to_image(image).to(device), torch.float32, scale=True)])
+        except RuntimeError as error:  # a strip that shrinks to nothing, or too little memory
+            size = " x ".join(map(str, image.size))
+            yield UserError(
+                f"{printable(file)}: nothing can be detected in {size} pixels ({str(error).splitlines()[0]})"
+            )
+            continue
+        sure = found["scores"] >= score_thresh
+        yield Prediction(file, image, {name: value[sure].cpu() for name, value in found.items()})

@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -32,7 +33,7 @@ def train_one_epoch(
         dict: the mean of each loss and of their sum ``loss``, the last ``lr``, ``images_per_second`` and ``seconds``.
 
     Raises:
-        UserError: if a loss or a weight is not finite.
+        UserError: if a loss or a weight is not finite, or batch norm cannot train on a batch.
     """
     model.train()
     loader.set_epoch(epoch)
@@ -48,7 +49,7 @@ def train_one_epoch(
             for target in targets
         ]
         with precision():
-            losses = model(images, targets)
+            losses = _losses(model, images, targets)
         losses["loss"] = sum(losses.values())
         lr = optimizer.param_groups[0]["lr"]
         update(losses["loss"], model, optimizer, scheduler, precision, config.training.clip_grad_norm)
@@ -61,6 +62,18 @@ def train_one_epoch(
         raise _diverged(["weights"])
     seconds = time.perf_counter() - start
     return means | {"lr": lr, "images_per_second": num_images / seconds, "seconds": seconds}
+
+
+def _losses(model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Any]:
+    try:
+        return model(images, targets)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"batch norm cannot train on {len(images)} image so small that its coarsest map is one pixel; pass a "
+            "--min-size and --max-size above 32, or --weights-backbone IMAGENET1K_V1, whose batch norm is frozen"
+        ) from None
 
 
 def _means(total: dict[str, Tensor]) -> dict[str, float]:

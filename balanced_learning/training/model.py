@@ -1,64 +1,61 @@
 """The detector that a configuration asks for."""
 
-from functools import partial
 from typing import Any
 
 import torch
-from torchvision.models import resnet18
 from torchvision.models.detection import FasterRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection._utils import overwrite_eps
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from balanced_learning.detection import (
-    apply_libra,
-    libra_fasterrcnn,
-    libra_fasterrcnn_resnet50_fpn,
-    libra_retinanet,
-    libra_retinanet_resnet50_fpn,
-)
-from balanced_learning.training import randomness
+from balanced_learning.detection import apply_libra, libra_fasterrcnn, libra_retinanet
+from balanced_learning.training import distributed, randomness
 from balanced_learning.training.checkpoint import Checkpoint
 from balanced_learning.training.config import Config
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
+from balanced_learning.training.small import small_fasterrcnn, small_retinanet
+from balanced_learning.training.weights import load_weights
 
 
 def make_model(config: Config, labels: Labels, checkpoint: Checkpoint | None) -> Any:
     """Builds the model of a run on the CPU, with the weights of its checkpoint or those that it starts from.
 
+    What it takes of the latter is printed.
+
     Raises:
-        UserError: as :func:`build_model`, or if the checkpoint does not fit.
+        UserError: as :func:`build_model`, or if weights cannot be had or do not fit.
     """
     with randomness.seeded(config.training.seed, "weights"):
-        model = build_model(config, labels.num_classes, pretrained=checkpoint is None)
+        model = build_model(config, labels.num_classes)
     if checkpoint:
         checkpoint.restore({"model": model})
+        overwrite_eps(model, checkpoint.norm_eps)
+    elif (taken := load_weights(model, config.model, labels)) and distributed.is_main():
+        print(taken)
     return model
 
 
-def build_model(config: Config, num_classes: int, *, pretrained: bool = True) -> FasterRCNN | RetinaNet:
+def build_model(config: Config, num_classes: int) -> FasterRCNN | RetinaNet:
     """Builds Libra Faster R-CNN or Libra RetinaNet, or what is left of it with parts switched off.
+
+    Nothing is read or downloaded: but for the values of its weights, the detector is as it will be with those that it
+    starts from.
 
     Args:
         config: the settings.
         num_classes: background included.
-        pretrained: whether to load the weights that the configuration starts from. Without, nothing is downloaded, and
-            the detector is as it would be with them but for their values: for the weights of a checkpoint.
 
     Raises:
-        UserError: for a backbone or weights that there are not, or that cannot be downloaded.
+        UserError: for a backbone that there is not, or not with as many stages to train.
     """
-    detector = _build(config, num_classes, pretrained)
+    detector = _build(config, num_classes)
     if isinstance(detector, FasterRCNN):
         _settle_strides(detector.roi_heads.box_roi_pool)
     return detector
 
 
 def _settle_strides(pool: MultiScaleRoIAlign) -> None:
-    """Lets the pooler see levels P2 to P5 of an image.
+    """Lets the pooler see its levels, from P2 on, of an image.
 
     It takes the strides of the levels from the first batch it sees and keeps them, though no checkpoint does; and from
     small, padded images it takes wrong ones.
@@ -68,7 +65,7 @@ def _settle_strides(pool: MultiScaleRoIAlign) -> None:
     pool(levels, [torch.zeros(0, 4)], [(size, size)])
 
 
-def _build(config: Config, num_classes: int, pretrained: bool) -> FasterRCNN | RetinaNet:
+def _build(config: Config, num_classes: int) -> FasterRCNN | RetinaNet:
     model = config.model
     is_rcnn = model.model == "libra_fasterrcnn"
     parts: dict[str, Any] = {
@@ -82,70 +79,15 @@ def _build(config: Config, num_classes: int, pretrained: bool) -> FasterRCNN | R
         parts |= {"sampler": model.sampler, "rpn": model.rpn}
         options |= {"rpn_score_thresh": model.rpn_score_thresh}
     if model.small:
-        return apply_libra((_small_fasterrcnn if is_rcnn else _small_retinanet)(num_classes, **options), **parts)
+        return apply_libra((small_fasterrcnn if is_rcnn else small_retinanet)(num_classes, **options), **parts)
 
     options |= parts
+    if model.weights or model.weights_backbone:  # what torchvision's builders do to a backbone with weights
+        options |= {"norm_layer": FrozenBatchNorm2d, "trainable_backbone_layers": 3}
     if model.trainable_backbone_layers is not None:
         options["trainable_backbone_layers"] = model.trainable_backbone_layers
-    flag = f"--weights {model.weights}" if model.weights else f"--weights-backbone {model.weights_backbone}"
     build = libra_fasterrcnn if is_rcnn else libra_retinanet
     try:
-        if not pretrained and (model.weights or model.weights_backbone):
-            options = _as_if_pretrained(on_coco=model.weights is not None) | options
-            return build(backbone_name=model.backbone, weights_backbone=None, num_classes=num_classes, **options)
-        if model.weights:
-            with_weights = libra_fasterrcnn_resnet50_fpn if is_rcnn else libra_retinanet_resnet50_fpn
-            return with_weights(weights=model.weights, **options)
-        return build(
-            backbone_name=model.backbone, weights_backbone=model.weights_backbone, num_classes=num_classes, **options
-        )
-    except (OSError, RuntimeError) as error:  # no connection, no room, or a broken file
-        raise UserError(
-            f"{flag}: the weights could not be downloaded ({error}); --weights-backbone none without --weights trains "
-            "from scratch"
-        ) from None
-    except KeyError:
-        raise UserError(f"{flag}: torchvision has no such weights") from None
+        return build(backbone_name=model.backbone, weights_backbone=None, num_classes=num_classes, **options)
     except ValueError as error:
-        raise UserError(f"--backbone {model.backbone} {flag}: {error}") from None
-
-
-def _as_if_pretrained(on_coco: bool) -> dict[str, Any]:
-    """The arguments that make a builder do without weights what torchvision does for them."""
-    # torchvision sets the epsilon of its COCO weights, which were trained without one, to 0.
-    norm_layer = partial(FrozenBatchNorm2d, eps=0.0) if on_coco else FrozenBatchNorm2d
-    return {"norm_layer": norm_layer, "trainable_backbone_layers": 3}
-
-
-def _small_fasterrcnn(num_classes: int, **options: float) -> FasterRCNN:
-    """A Faster R-CNN that a CPU can train from scratch: ResNet-18, 64 channels, 64 sampled boxes, small anchors."""
-    return FasterRCNN(
-        _small_backbone(finest_stage=1),
-        rpn_anchor_generator=AnchorGenerator([(16 * 2**level,) for level in range(5)], [(0.5, 1.0, 2.0)] * 5),
-        box_head=TwoMLPHead(64 * 7 * 7, 256),
-        box_predictor=FastRCNNPredictor(256, num_classes),
-        box_batch_size_per_image=64,
-        rpn_pre_nms_top_n_train=500,
-        rpn_pre_nms_top_n_test=500,
-        rpn_post_nms_top_n_train=300,
-        rpn_post_nms_top_n_test=150,
-        **options,
-    )
-
-
-def _small_retinanet(num_classes: int, **options: float) -> RetinaNet:
-    """The same for RetinaNet."""
-    sizes = [tuple(int(16 * 2 ** (level + third / 3)) for third in range(3)) for level in range(5)]
-    anchors = AnchorGenerator(sizes, [(0.5, 1.0, 2.0)] * 5)
-    return RetinaNet(_small_backbone(finest_stage=2), num_classes, anchor_generator=anchors, **options)
-
-
-def _small_backbone(finest_stage: int) -> BackboneWithFPN:
-    stages = range(finest_stage, 5)
-    return BackboneWithFPN(
-        resnet18(weights=None),
-        return_layers={f"layer{stage}": str(i) for i, stage in enumerate(stages)},
-        in_channels_list=[64 * 2 ** (stage - 1) for stage in stages],
-        out_channels=64,
-        extra_blocks=LastLevelMaxPool() if finest_stage == 1 else LastLevelP6P7(64, 64),
-    )
+        raise UserError(f"--backbone {model.backbone}: {error}") from None

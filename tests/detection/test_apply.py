@@ -14,6 +14,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from balanced_learning import BalancedFeaturePyramid, BalancedL1Loss, IoUBalancedSampler, PathAggregation
 from balanced_learning.detection import apply_libra
+from balanced_learning.detection.roi_heads import LibraRoIHeads
 
 NEW_KEYS = [
     f"backbone.bfp.refine.{conv}.{kind}" for conv in ("theta", "phi", "g", "out") for kind in ("weight", "bias")
@@ -282,6 +283,16 @@ def test_applying_twice_is_an_error_and_changes_nothing(kind, parts, build):
     with pytest.raises(ValueError, match="balanced already"):
         apply_libra(model)
     assert layout(model) == before
+
+
+def test_a_backbone_with_a_pyramid_built_in_gets_the_other_parts(build):
+    model = build("fasterrcnn")
+    model.backbone.fpn = nn.Sequential(model.backbone.fpn, BalancedFeaturePyramid(model.backbone.out_channels))
+    before = layout(model)
+    with pytest.raises(ValueError, match="balanced already"):
+        apply_libra(model)
+    assert layout(model) == before
+    assert type(apply_libra(model, pyramid=False).roi_heads) is LibraRoIHeads
 
 
 @pytest.mark.parametrize("part", ["pyramid", "path_aggregation"])

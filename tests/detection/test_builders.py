@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torchvision.models import WeightsEnum, get_model, resnet18
 from torchvision.models.detection import FasterRCNN, RetinaNet, fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
+from torchvision.models.detection.backbone_utils import mobilenet_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
 from balanced_learning import BalancedFeaturePyramid, BalancedL1Loss, IoUBalancedSampler
@@ -28,6 +29,7 @@ BACKBONES = [
     *(f"resnext{name}" for name in ("50_32x4d", "101_32x8d", "101_64x4d")),
     *(f"wide_resnet{depth}_2" for depth in (50, 101)),
 ]
+MOBILENETS = ["mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small"]
 
 STAGES = ["conv1", "layer1", "layer2", "layer3", "layer4"]
 
@@ -115,7 +117,7 @@ def test_a_backbone_by_name_is_that_of_torchvision(builder, name):
 def test_an_unknown_backbone_is_an_error_that_lists_the_known(builder):
     with pytest.raises(ValueError, match=r"backbone_name must be one of .*; got 'resnet19'") as error:
         builder(backbone_name="resnet19", weights_backbone=None)
-    assert set(BACKBONES) <= set(re.findall(r"\w+", str(error.value)))
+    assert {*BACKBONES, *MOBILENETS} <= set(re.findall(r"\w+", str(error.value)))
 
 
 @pytest.mark.parametrize("builder", BY_NAME)
@@ -143,6 +145,56 @@ def test_a_backbone_with_weights_is_frozen_as_in_torchvision(builder, monkeypatc
     assert not any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
 
 
+@pytest.mark.parametrize("name", MOBILENETS)
+@pytest.mark.parametrize("builder", BY_NAME)
+def test_a_mobilenet_has_the_levels_of_a_resnet(builder, name):
+    """From the last block of each stride: what a block of the same stride follows is not a level."""
+    mobilenet, resnet = (build(builder, backbone_name=other).eval() for other in (name, "resnet18"))
+    with torch.device("meta"):
+        image = torch.zeros(1, 3, 256, 320)
+    found, expected = mobilenet.backbone(image), resnet.backbone(image)
+    assert {key: level.shape for key, level in found.items()} == {key: level.shape for key, level in expected.items()}
+    assert mobilenet.backbone.bfp.refine_level == resnet.backbone.bfp.refine_level
+    strides, size = [], image
+    for block in get_model(name, weights=None).to("meta").features:
+        size = block(size)
+        strides.append(256 // size.shape[-2])
+    ends = [str(i) for i, stride in enumerate(strides) if stride > 2 and strides[i + 1 : i + 2] != [stride]]
+    assert list(mobilenet.backbone.body.return_layers) == ends[-len(mobilenet.backbone.fpn.inner_blocks) :]
+
+
+@pytest.mark.parametrize("name", MOBILENETS)
+@pytest.mark.parametrize("layers", [None, 0, 1, 3, 6])
+def test_a_mobilenet_with_weights_is_frozen_as_in_torchvision(name, layers, monkeypatch):
+    weights = get_model(name, weights=None).state_dict()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *args, **kwargs: weights)
+    found = libra_fasterrcnn(backbone_name=name, num_classes=7, trainable_backbone_layers=layers).backbone.body
+    trainable = 3 if layers is None else layers
+    expected = mobilenet_backbone(backbone_name=name, weights="DEFAULT", fpn=True, trainable_layers=trainable).body
+    assert [str(block) for block in found.values()] == [str(block) for block in expected.values()]
+    assert all(torch.equal(value, weights[f"features.{key}"]) for key, value in found.state_dict().items())
+    assert trained(found) == trained(expected)
+
+
+def trained(module: nn.Module) -> list[str]:
+    return [key for key, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize(("name", "most"), [("resnet18", 5), ("mobilenet_v3_small", 6)])
+def test_more_stages_than_there_are_are_an_error(name, most):
+    assert trained(build(libra_retinanet, backbone_name=name, trainable_backbone_layers=most).backbone.body)
+    for layers in (-1, most + 1):
+        with pytest.raises(ValueError, match=f"must be from 0 to {most} for {name}, got {layers}"):
+            build(libra_retinanet, backbone_name=name, trainable_backbone_layers=layers)
+
+
+@pytest.mark.parametrize("name", MOBILENETS)
+def test_a_mobilenet_from_scratch_is_trained_whole(name):
+    body = build(libra_fasterrcnn, backbone_name=name).backbone.body
+    assert all(parameter.requires_grad for parameter in body.parameters())
+    assert any(type(module) is nn.BatchNorm2d for module in body.modules())
+
+
 @pytest.mark.parametrize(("libra", "torchvision"), RESNET50)
 def test_weights_are_those_of_the_plain_detector(libra, torchvision, monkeypatch):
     weights = torchvision(weights=None, weights_backbone=None).state_dict()
@@ -152,9 +204,10 @@ def test_weights_are_those_of_the_plain_detector(libra, torchvision, monkeypatch
     assert all(torch.equal(found[name], weights[name]) for name in weights.keys() - counters)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
 @pytest.mark.parametrize("builder", BY_NAME)
-def test_a_small_one_trains_and_detects(builder, images, targets, train_step, detect):
-    model = builder(backbone_name="resnet18", weights_backbone=None, num_classes=5, min_size=96, max_size=128)
+def test_a_small_one_trains_and_detects(builder, name, images, targets, train_step, detect):
+    model = builder(backbone_name=name, weights_backbone=None, num_classes=5, min_size=96, max_size=128)
     losses, gradients = train_step(model, targets)
     assert all(tensor.isfinite().all() for tensor in (*losses.values(), *gradients.values()))
     assert len(detect(model)) == len(images)

@@ -17,11 +17,11 @@ def shape_and_colors(path) -> tuple[tuple[int, int], int]:
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ([], ["P2, stride 4", "P3, stride 8", "P4, stride 16", "P5, stride 32", "P6, stride 64"]),
-        (["--path-aggregation"], ["P2, stride 4", "P3, stride 8", "P4, stride 16", "P5, stride 32", "P6, stride 64"]),
+        ([], ["P2, stride 4", "P3, stride 8", "P4, stride 16", "P5, stride 32"]),
+        (["--path-aggregation"], ["P2, stride 4", "P3, stride 8", "P4, stride 16", "P5, stride 32"]),
         (
             ["--model", "libra_retinanet"],
-            ["P3, stride 8", "P4, stride 16", "P5, stride 32", "P6, stride 64", "P7, stride 128"],
+            ["P3, stride 8", "P4, stride 16", "P5, stride 32", "P6, stride 64"],
         ),
     ],
 )
@@ -83,7 +83,7 @@ def test_real_images(real_data, tmp_path, model):
     ("options", "message"),
     [
         (["--no-pyramid"], "--no-pyramid: there is no pyramid to draw"),
-        (["--image", "missing.jpg"], "missing.jpg: unreadable image .*No such file"),
+        (["--image", "missing.jpg"], "missing.jpg is missing"),
     ],
 )
 def test_what_cannot_be_drawn_is_named(coco_root, tmp_path, options, message):

@@ -13,8 +13,10 @@ from urllib.error import URLError
 import pytest
 import torch
 from torch import nn
+from torchvision.models import WeightsEnum, get_model
+from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
-from balanced_learning.training import distributed
+from balanced_learning.training import distributed, load_detector
 from balanced_learning.training.data import splits
 from balanced_learning.training.data.shapes import shapes_dataset
 from examples import train_torchvision_libra
@@ -62,7 +64,12 @@ def test_without_data_it_draws_trains_evaluates_and_reports(tmp_path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(splits, "shapes_dataset", partial(shapes_dataset, train=8, val=2))
     out = tmp_path / "out"
-    assert "AP50" in train("--epochs", 2, "--output-dir", out)
+    said = train("--epochs", 2, "--output-dir", out)
+    assert "AP50" in said
+    done, *commands = said[said.index("done: ") :].splitlines()
+    assert f"look at {out / 'curves.png'} and evaluation_0" in done
+    assert 2 <= len(commands) <= 5
+    assert f"{out / 'checkpoint_best.pth'} {tmp_path / 'cache/balanced-learning/shapes-8-2-0/val2017'}" in commands[0]
     assert {file.name for file in out.iterdir()} == {
         "args.json",
         "checkpoint.pth",
@@ -278,6 +285,7 @@ def test_a_download_that_cannot_be_had_names_its_flag(tmp_path, coco_root, error
     options = ["--data-path", coco_root, "--device", "cpu", "--output-dir", tmp_path]
     message = error(*options, "--backbone", "resnet18")
     assert "--weights-backbone IMAGENET1K_V1: the weights could not be downloaded" in message
+    assert "--weights-backbone FILE takes a local file" in message
     assert "--weights-backbone none" in message
 
 
@@ -300,12 +308,74 @@ def test_wrong_options_are_named(tmp_path, coco_root, error, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--backbone", "vgg16", "--weights-backbone", "none"], "--backbone vgg16 .*must be one of .*resnet50"),
-        (["--weights-backbone", "IMAGENET22K"], "weights_backbone must be IMAGENET1K_V1, .*got 'IMAGENET22K'"),
+        (
+            ["--backbone", "vgg16", "--weights-backbone", "none"],
+            "--backbone vgg16: .*must be one of .*mobilenet_v2, .*resnet50",
+        ),
+        (
+            ["--weights-backbone", "IMAGENET22K"],
+            "--weights-backbone IMAGENET22K: no such file, .*resnet50 are IMAGENET1K_V1, ",
+        ),
     ],
 )
 def test_a_model_that_torchvision_does_not_have_is_named(tmp_path, coco_root, error, options, message):
     assert re.search(message, error("--data-path", coco_root, "--device", "cpu", "--output-dir", tmp_path, *options))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--small"],
+        ["--small", "--model", "libra_retinanet"],
+        ["--model", "libra_retinanet", "--backbone", "mobilenet_v3_small", "--weights-backbone", "mobilenet.pth"],
+    ],
+    ids=["detector", "retinanet", "backbone"],
+)
+def test_a_fine_tuned_run_does_without_the_file(tmp_path, coco_root, edit, train, monkeypatch, flags):
+    """Its checkpoint goes on, is evaluated and loaded though the file is gone and nothing can be downloaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *_, **__: pytest.fail("a download"))
+    options = ["--data-path", coco_root, *SMALL[1:], *flags]
+    if "--small" in flags:
+        file = tmp_path / "before" / "checkpoint.pth"
+        train(*options, "--output-dir", file.parent)
+        for part in ("train", "val"):
+            edit(lambda content: content["categories"][1].update(name="cart"), part)
+        options += ["--weights", file]
+        starts_anew = "it knows no category 'cart'"
+    else:
+        file = tmp_path / "mobilenet.pth"
+        torch.save(get_model("mobilenet_v3_small", weights=None).state_dict(), file)
+        starts_anew = "takes backbone.body"
+    assert starts_anew in train(*options, "--epochs", 2, "--output-dir", tmp_path / "whole")
+    train(*options, "--output-dir", tmp_path / "parts")
+    file.unlink()
+    train(*options, "--epochs", 2, "--resume", tmp_path / "parts" / "checkpoint.pth")
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    detectors = [load_detector(tmp_path / name / "checkpoint.pth") for name in ("parts", "whole")]
+    weights = [detector.state_dict() for detector in detectors]
+    assert str(detectors[0]) == str(detectors[1])
+    assert all(value.equal(weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("model", ["libra_fasterrcnn", "libra_retinanet"])
+def test_torchvisions_weights_are_fine_tuned_to_other_categories(tmp_path, coco_root, edit, train, monkeypatch, model):
+    for part in ("train", "val"):
+        edit(lambda content: content.update(categories=[{"id": 90, "name": "thing"}]), part)
+    stock = {"libra_fasterrcnn": fasterrcnn_resnet50_fpn, "libra_retinanet": retinanet_resnet50_fpn}[model]
+    weights = stock(weights=None, weights_backbone=None).state_dict()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: weights)
+    options = ["--data-path", coco_root, *SMALL[1:], "--model", model, "--weights", "DEFAULT"]
+    assert "(it knows no category 'thing')" in train(*options, "--output-dir", tmp_path)
+    assert math.isfinite(rows(tmp_path)[0]["loss"])
+    assert load_detector(tmp_path / "checkpoint.pth").categories == {1: "thing"}
+
+
+def test_batch_norm_that_meets_one_pixel_is_named(tmp_path, coco_root, error):
+    options = ["--backbone", "resnet18", "--weights-backbone", "none", "--min-size", 24, "--max-size", 32, "-b", 1]
+    message = error("--data-path", coco_root, *options, "-j", 0, "--device", "cpu", "--output-dir", tmp_path)
+    assert "batch norm cannot train on 1 image so small" in message
+    assert "--min-size" in message
 
 
 def test_a_checkpoint_is_never_lost(tmp_path, coco_root, train, error, monkeypatch):
@@ -342,9 +412,10 @@ def test_categories_of_both_halves_must_agree(tmp_path, coco_root, edit, error):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path, coco_root, error, workers):
     file = coco_root / "train2017" / "11.png"
-    file.write_bytes(file.read_bytes()[:60])  # its header is whole, so the check before training passes
+    content = file.read_bytes()
+    file.write_bytes(content[:60] + content[-12:])  # header and end are whole, so the check before training passes
     message = error("--data-path", coco_root, *SMALL, "-j", workers, "--output-dir", tmp_path)
-    assert f"{file}: unreadable image" in message
+    assert f"{file} is unreadable" in message
 
 
 @pytest.mark.slow

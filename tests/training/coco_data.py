@@ -32,10 +32,10 @@ def coco_root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def edit(coco_root: Path) -> Callable:
-    """Changes the training JSON of ``coco_root`` through a function of its content."""
+    """Changes the training JSON of ``coco_root``, or that of "val", through a function of its content."""
 
-    def change(spoil: Callable[[dict], object]) -> Path:
-        file = coco_root / "annotations" / "instances_train2017.json"
+    def change(spoil: Callable[[dict], object], part: str = "train") -> Path:
+        file = coco_root / "annotations" / f"instances_{part}2017.json"
         content = json.loads(file.read_text())
         spoil(content)
         file.write_text(json.dumps(content))

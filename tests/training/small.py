@@ -1,11 +1,17 @@
-"""A run that takes seconds: its flags, their settings, and an evaluation that tells models apart."""
+"""A run that takes seconds: its flags, their settings, a checkpoint, and an evaluation that tells models apart."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from balanced_learning.training.checkpoint import save
 from balanced_learning.training.command_line import make_parser, read_command_line
 from balanced_learning.training.config import Config
+from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.evaluation import ErrorKind, Evaluation
+from balanced_learning.training.model import build_model
 from balanced_learning.training.tide import KINDS, SPECIAL_KINDS
 
 SMALL = ["--small", "--min-size", "64", "--max-size", "96", "-j", "0", "-b", "2", "--epochs", "1", "--device", "cpu"]
@@ -13,6 +19,18 @@ SMALL = ["--small", "--min-size", "64", "--max-size", "96", "-j", "0", "-b", "2"
 
 def config_of(*flags: object) -> Config:
     return read_command_line(make_parser().parse_args([str(flag) for flag in flags]))[0]
+
+
+def save_untrained(path: Path) -> Path:
+    """Writes a checkpoint of random weights, with which a detector finds cats and dogs everywhere."""
+    config = config_of("--data-path", "-", *SMALL, "--output-dir", path.parent)
+    labels = Labels({1: "cat", 2: "dog [old]"}, {1: 1, 2: 2}, num_classes=3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_model(config, labels.num_classes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(path, {"model": model}, config=config, labels=labels, epoch=0, iterations=1)
+    return path
 
 
 def evaluation_of(**metrics: float) -> Evaluation:

@@ -103,6 +103,52 @@ def test_a_flip_mirrors_the_boxes(coco_root):
     assert seen == {(4, 4, 34, 24), (30, 4, 60, 24)}
 
 
+TURNED = {  # the box [4, 4, 30, 20] of the stored pixels in the upright image
+    1: [4, 4, 34, 24],
+    2: [30, 4, 60, 24],
+    3: [30, 24, 60, 44],
+    4: [4, 24, 34, 44],
+    5: [4, 4, 24, 34],
+    6: [24, 4, 44, 34],
+    7: [24, 30, 44, 60],
+    8: [4, 30, 24, 60],
+}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize(
+    ("orientation", "is_upright"), [*((i, True) for i in TURNED), *((i, False) for i in range(5, 9))]
+)
+def test_boxes_lie_on_the_objects_of_turned_images(coco_root, edit, orientation, is_upright, suffix):
+    pixels = Image.new("RGB", (64, 48), "navy")
+    pixels.paste("yellow", (4, 4, 34, 24))
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    pixels.save(coco_root / "train2017" / f"1.{suffix}", exif=exif)
+    left, top, right, bottom = TURNED[orientation if is_upright else 1]
+    width, height = (48, 64) if is_upright and orientation > 4 else (64, 48)
+
+    def annotate(content):
+        content["images"][0].update(file_name=f"1.{suffix}", width=width, height=height)
+        content["annotations"][0].update(bbox=[left, top, right - left, bottom - top])
+
+    edit(annotate)
+    image, target = DetectionDataset(read_split(coco_root, "train2017"), {90: 1, 3: 2})[0]
+    assert image.shape == (3, height, width)
+    assert target["boxes"].tolist() == [[left, top, right, bottom]]
+    is_object = (image[0] > 0.5).nonzero()
+    assert is_object.min(dim=0).values.tolist() == pytest.approx([top, left], abs=1)
+    assert is_object.max(dim=0).values.tolist() == pytest.approx([bottom - 1, right - 1], abs=1)
+
+
+def test_an_image_of_another_size_since_the_check_is_named(coco_root):
+    dataset = DetectionDataset(read_split(coco_root, "train2017"), {90: 1, 3: 2})
+    file = coco_root / "train2017" / "11.png"
+    Image.new("RGB", (32, 24)).save(file)
+    with pytest.raises(UserError, match=f"{file} is now 32 x 24, not 64 x 48"):
+        dataset[0]
+
+
 def test_an_image_spoilt_since_the_check_is_named(coco_root):
     dataset = DetectionDataset(read_split(coco_root, "train2017"), {90: 1, 3: 2})
     file = coco_root / "train2017" / "11.png"

@@ -12,7 +12,16 @@ def test_strides_do_not_depend_on_the_first_images(size):
     """Torchvision's pooler would take 1/2 for 1/4 from an image of 33 pixels that is padded to 64."""
     detector = build_model(config_of("--data-path", "-", "--small", "--min-size", 33, "--max-size", 200), 3).eval()
     detector([torch.rand(3, *size)])
-    assert detector.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    assert detector.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16]
+
+
+@pytest.mark.parametrize("model", ["libra_fasterrcnn", "libra_retinanet"])
+def test_a_small_detector_learns_from_one_icon(model):
+    """Batch norm refuses a single value a channel: a batch of one image whose coarsest map is one pixel."""
+    flags = ["--model", model, "--small", "--min-size", 16, "--max-size", 16]
+    detector = build_model(config_of("--data-path", "-", *flags), 3).train()
+    targets = [{"boxes": torch.tensor([[2.0, 2, 12, 12]]), "labels": torch.tensor([1])}]
+    assert sum(detector([torch.rand(3, 16, 16)], targets).values()).isfinite()
 
 
 @pytest.mark.slow

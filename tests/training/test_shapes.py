@@ -1,11 +1,23 @@
 import json
 from itertools import combinations
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from balanced_learning.training.data.coco import read_split
 from balanced_learning.training.data.shapes import CATEGORIES, shapes_dataset
 from balanced_learning.training.errors import UserError
+
+NOTED_BOXES = [
+    (1, 23, 0, 75, 75),
+    (20, 70, 59, 58, 67),
+    (1, 0, 126, 24, 34),
+    (1, 0, 34, 59, 66),
+    (1, 63, 101, 25, 24),
+    (7, 16, 109, 52, 51),
+]
+NOTED_GREYS = [[130, 97, 99, 123], [161, 122, 110, 114], [152, 142, 130, 131], [99, 138, 138, 141]]
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +59,21 @@ def test_the_seed_decides_and_the_cache_spares_a_second_drawing(tmp_path, capsys
     again = shapes_dataset(train=3, val=1)
     assert _annotations(again) == _annotations(first)
     assert (again / "train2017/000001.png").read_bytes() == (first / "train2017/000001.png").read_bytes()
+
+
+def test_the_same_images_are_evaluated_whatever_is_trained_on():
+    """They are as they were drawn at first, when these values were noted, so that AP can be compared."""
+    roots = [shapes_dataset(train=train, val=3) for train in (2, 500)]
+    val = [read_split(root, "val2017") for root in roots]
+    assert [image["id"] for image in val[0].images] == [image["id"] for image in val[1].images] == [481, 482, 483]
+    trained = [image["id"] for image in read_split(roots[1], "train2017").images]
+    assert trained == [*range(1, 481), *range(484, 504)]
+    for split in val:
+        first = split.images[0]
+        assert [(a["category_id"], *a["bbox"]) for a in split.boxes(first)] == NOTED_BOXES
+        with Image.open(split.image_dir / first["file_name"]) as image:
+            small = image.convert("L").resize((4, 4), Image.Resampling.BOX)
+        assert np.allclose(small, NOTED_GREYS, atol=2)  # versions of Pillow may differ by a pixel at an edge
 
 
 def _annotations(root):

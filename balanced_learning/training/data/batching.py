@@ -76,6 +76,8 @@ class DetectionLoader(DataLoader):
     Its processes start anew with every epoch, so that they learn of it.
     """
 
+    dataset: DetectionDataset
+
     def __init__(self, dataset: DetectionDataset, workers: int, device: torch.device, **options: Any) -> None:
         pin_memory = device.type == "cuda"
         super().__init__(dataset, num_workers=workers, pin_memory=pin_memory, collate_fn=_as_lists, **options)
@@ -88,7 +90,7 @@ class DetectionLoader(DataLoader):
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffles and augments for this epoch from the next iteration on."""
-        self.dataset.epoch = self.batch_sampler.epoch = epoch  # type: ignore[attr-defined,union-attr]
+        self.dataset.epoch = self.batch_sampler.epoch = epoch  # type: ignore[union-attr]
 
 
 def make_loaders(

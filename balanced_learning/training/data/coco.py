@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from balanced_learning.training.data.coco_json import read_json
 from balanced_learning.training.data.columns import Columns
 from balanced_learning.training.data.image_check import check_images
+from balanced_learning.training.data.images import load_image
 from balanced_learning.training.data.index import LARGE, load_index, save_index
 from balanced_learning.training.data.left_out import Cause, count_in_words, find_causes
 from balanced_learning.training.errors import UserError, warn
@@ -66,6 +68,15 @@ class Split:
         learned = self.causes[rows] == Cause.NONE
         return self.columns.boxes[rows][learned], self.columns.category_ids[rows][learned]
 
+    def load_image(self, position: int) -> Image.Image:
+        """An image as its annotations see it, RGB.
+
+        Raises:
+            UserError: if it cannot be decoded, or has changed since it was checked.
+        """
+        entry = self.images[position]
+        return load_image(self.image_dir / entry["file_name"], (entry["width"], entry["height"]))
+
     def first(self, count: int) -> "Split":
         """The same split with its first images alone."""
         columns = self.columns.first(count)
@@ -115,9 +126,10 @@ def read_split(
 def _check_units(columns: Columns, json_file: Path) -> None:
     """Refuses boxes in shares of the image's sides, which are all smaller than a pixel."""
     ends = columns.boxes[:, :2] + columns.boxes[:, 2:]
-    if ends.size and 0 < ends.max() <= 1 and columns.boxes.min() >= 0 and columns.widths.max() > 1:
+    rounding = 1e-3
+    if ends.size and 0 < ends.max() <= 1 + rounding and columns.boxes.min() >= -rounding and columns.widths.max() > 1:
         raise UserError(
-            f"{json_file}: all coordinates are from 0 to 1, such as {columns.boxes[0].tolist()}; bbox must be "
+            f"{json_file}: all coordinates are from 0 to 1, such as {_plain(columns.boxes[0])}; bbox must be "
             "[x, y, width, height] in pixels"
         )
 
@@ -133,7 +145,7 @@ def _tell_left_out(split: Split, trained: bool) -> None:
     first = rows[np.argmin(split.columns.entries[rows])]
     warn(
         f"{split.json_file}: {len(rows)} of {len(causes)} boxes are {consequence}: {count_in_words(causes)}; "
-        f"the first is annotations[{split.columns.entries[first]}], bbox {split.columns.boxes[first].tolist()}",
+        f"the first is annotations[{split.columns.entries[first]}], bbox {_plain(split.columns.boxes[first])}"
     )
 
 
@@ -170,7 +182,18 @@ class _Annotations(Mapping):
     def __getitem__(self, image_id: int) -> list[Entry]:
         columns = self._columns
         rows = columns.boxes_of(columns.position(image_id))
-        names = ("bbox", "category_id", "iscrowd", "area")
-        values = (columns.boxes, columns.category_ids, columns.crowds.view(np.uint8), columns.areas)
-        lists = [value[rows].tolist() for value in values]
-        return [{"image_id": image_id, **dict(zip(names, row, strict=True))} for row in zip(*lists, strict=True)]
+        return [
+            {"image_id": image_id, "bbox": _plain(box), "category_id": category_id, "iscrowd": int(crowd), "area": area}
+            for box, category_id, crowd, area in zip(
+                columns.boxes[rows],
+                columns.category_ids[rows].tolist(),
+                columns.crowds[rows],
+                _plain(columns.areas[rows]),
+                strict=True,
+            )
+        ]
+
+
+def _plain(numbers: np.ndarray) -> list[float]:
+    """Whole numbers as integers, as they are written in the JSON."""
+    return [int(number) if number.is_integer() else number for number in numbers.tolist()]

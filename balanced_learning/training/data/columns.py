@@ -72,9 +72,12 @@ class Columns:
         """The rows of an image's boxes."""
         return slice(int(self.first_boxes[position]), int(self.first_boxes[position + 1]))
 
-    def image_of_boxes(self) -> np.ndarray:
-        """The position of each box's image, int64 [M]."""
-        return np.repeat(np.arange(len(self)), np.diff(self.first_boxes))
+    def image_of_boxes(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The position of each box's image, int64, for all boxes or for the rows from ``start`` to ``stop``."""
+        stop = len(self.boxes) if stop is None else min(stop, len(self.boxes))
+        first, last = np.searchsorted(self.first_boxes, (start, stop), side="right") - 1
+        edges = self.first_boxes[first : last + 2].clip(start, stop)
+        return np.repeat(np.arange(first, first + len(edges) - 1), np.diff(edges))
 
     def position(self, image_id: int) -> int:
         """The position of an image.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -11,7 +12,6 @@ from torchvision.transforms import v2
 
 from balanced_learning.training import randomness
 from balanced_learning.training.data.coco import Split
-from balanced_learning.training.data.images import load_image
 from balanced_learning.training.errors import UserError
 
 Target = dict[str, Any]
@@ -38,7 +38,7 @@ class DetectionDataset(Dataset):
         self,
         split: Split,
         label_of: dict[int, int],
-        positions: Sequence[int] | None = None,
+        positions: Sequence[int] | np.ndarray | None = None,
         transforms: Any = None,
         seed: int = 0,
     ) -> None:
@@ -56,9 +56,8 @@ class DetectionDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         position = int(self.positions[index])
-        entry = self.split.images[position]
-        path = self.split.image_dir / entry["file_name"]
-        image = tv_tensors.Image(load_image(path, (entry["width"], entry["height"])))
+        image_id = self.split.images[position]["id"]
+        image = tv_tensors.Image(self.split.load_image(position))
         boxes, category_ids = self.split.truth(position)
         xywh = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=image.shape[-2:], dtype=torch.float32)
         target = {
@@ -66,9 +65,9 @@ class DetectionDataset(Dataset):
                 v2.functional.convert_bounding_box_format(xywh, new_format="XYXY")
             ),
             "labels": torch.tensor([self.label_of[i] for i in category_ids.tolist()], dtype=torch.int64),
-            "image_id": entry["id"],
+            "image_id": image_id,
         }
-        with randomness.seeded(self.seed, "augmentation", self.epoch, entry["id"]):
+        with randomness.seeded(self.seed, "augmentation", self.epoch, image_id):
             return self.transforms(image, target)
 
     def __getitems__(self, indices: list[int]) -> list[Sample] | UserError:

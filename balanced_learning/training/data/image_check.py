@@ -25,7 +25,8 @@ def for_every_image(look: Callable[[int], Found], count: int, title: str) -> lis
     def look_at_piece(start: int) -> list[Found]:
         return [look(i) for i in range(start, min(start + _PIECE, count))]
 
-    with ThreadPoolExecutor() as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")  # Pillow's, which name no file
         pieces = pool.map(look_at_piece, range(0, count, _PIECE))
         bar = tqdm(total=count, desc=title, unit=" images", disable=None, delay=2, leave=False)
         found: list[Found] = []
@@ -52,9 +53,7 @@ def check_images(columns: Columns, json_file: Path, image_dir: Path) -> Columns:
         size, fault = check_file(image_dir / name, (int(columns.widths[i]) or None, int(columns.heights[i]) or None))
         return name, size, fault
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, which name no file
-        found = for_every_image(check, len(columns), f"checking {image_dir.name}")
+    found = for_every_image(check, len(columns), f"checking {image_dir.name}")
     names, sizes, faults = zip(*found, strict=True)
     faulty = [i for i, fault in enumerate(faults) if fault]
     if faulty:

@@ -7,8 +7,8 @@ out): then the annotations mean the upright image.
 """
 
 import os
+import re
 import stat
-import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,7 +44,7 @@ def load_image(path: str | Path, size: Size | None = None) -> Image.Image:
     """Decodes an image, as RGB of 8 bits a channel.
 
     Transparency is dropped, as torchvision's ``CocoDetection`` drops it; of an animation the first frame is taken.
-    Where more pixels are allowed than Pillow allows, ``PIL.Image.MAX_IMAGE_PIXELS`` is the user's to set.
+    The limit of pixels is Pillow's: twice ``PIL.Image.MAX_IMAGE_PIXELS``, which is the user's to raise.
 
     Args:
         path: the file.
@@ -146,13 +146,11 @@ def _orientation(file: ImageFile.ImageFile) -> int:
 def _exif_behind_pixels(file: ImageFile.ImageFile) -> bytes | None:
     """The EXIF of a PNG that has it behind its pixels."""
     tail = _tail(file, _PNG_TAIL)
-    start = tail.rfind(b"eXIf")
-    if start < 4:
-        return None
-    length, end = int.from_bytes(tail[start - 4 : start], "big"), start + 4
-    end += length
-    checksum = struct.pack(">I", zlib.crc32(tail[start:end]))
-    return b"Exif\0\0" + tail[start + 4 : end] if tail[end : end + 4] == checksum else None
+    for place in (match.start() for match in re.finditer(b"eXIf", tail)):
+        end = place + 4 + int.from_bytes(tail[max(0, place - 4) : place], "big")
+        if zlib.crc32(tail[place:end]).to_bytes(4, "big") == tail[end : end + 4]:  # no accident
+            return b"Exif\0\0" + tail[place + 4 : end]
+    return None
 
 
 def _is_complete(file: ImageFile.ImageFile) -> bool:

@@ -22,27 +22,18 @@ class Labels:
     num_classes: int
 
     @classmethod
-    def of(cls, split: Split, weights: str | None) -> "Labels":
-        """Labels 1, 2, ... in the order of the category ids, or those of the same names in torchvision's ``weights``.
-
-        Raises:
-            UserError: for a category that the weights do not know.
-        """
-        if not weights:
-            category_ids = dict(enumerate(sorted(split.categories), 1))
-            num_classes = len(category_ids) + 1
-        else:
-            from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
-
-            known = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
-            for name in split.categories.values():
-                if name not in known[1:]:  # the first is the background
-                    raise UserError(f"--weights {weights}: they know no category {name!r}, which {split.json_file} has")
-                if list(split.categories.values()).count(name) > 1:
-                    raise UserError(f"--weights {weights}: {split.json_file} has several categories {name!r}")
-            category_ids = {known.index(name): category_id for category_id, name in split.categories.items()}
-            num_classes = len(known)
+    def of(cls, split: Split) -> "Labels":
+        """Labels 1, 2, ... in the order of the category ids."""
+        category_ids = dict(enumerate(sorted(split.categories), 1))
         names = {label: split.categories[category_id] for label, category_id in category_ids.items()}
+        return cls(names, category_ids, len(names) + 1)
+
+    @classmethod
+    def by_name(cls, split: Split, known: dict[int, str], num_classes: int) -> "Labels":
+        """The labels that ``known`` gives to the names of the categories, all of which it must have."""
+        label_of = {name: label for label, name in known.items()}
+        names = {label_of[name]: name for name in split.categories.values()}
+        category_ids = {label_of[name]: category_id for category_id, name in split.categories.items()}
         return cls(names, category_ids, num_classes)
 
     @property
@@ -60,3 +51,8 @@ class Labels:
         if own != split.categories:
             odd = min(set(own.items()) ^ set(split.categories.items()))
             raise UserError(f"{source}: trained on other categories than {split.json_file} has, such as {odd}")
+
+
+def class_name(names: dict[int, str], label: int) -> str:
+    """The name of a label. The weights may know classes that the data has no name for."""
+    return names.get(label, f"class {label}")

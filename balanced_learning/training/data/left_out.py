@@ -36,10 +36,9 @@ def find_causes(columns: Columns, resized: tuple[int, int] | None = None) -> np.
     """
     causes = np.empty(len(columns.boxes), np.uint8)
     scales = np.ones(len(columns)) if resized is None else np.minimum(1, resize_factors(columns, *resized))
-    image_of_box = columns.image_of_boxes()
     for start in range(0, len(causes), _PART):
         part = slice(start, start + _PART)
-        image = image_of_box[part]
+        image = columns.image_of_boxes(part.start, part.stop)
         box = columns.boxes[part]
         sizes = np.stack([columns.widths[image], columns.heights[image]], axis=1)
         inside = np.minimum(box[:, :2] + box[:, 2:], sizes) - np.maximum(box[:, :2], 0)

@@ -9,7 +9,6 @@ import numpy as np
 
 from balanced_learning.training.data.coco import Split
 from balanced_learning.training.data.image_check import for_every_image
-from balanced_learning.training.data.images import load_image
 from balanced_learning.training.data.left_out import Cause, count_in_words
 from balanced_learning.training.errors import UserError, printable
 
@@ -113,7 +112,7 @@ def _decode(split: Split, position: int) -> tuple[Path, bytes, str | None]:
     columns = split.columns
     path = split.image_dir / columns.file_name(position)
     try:
-        load_image(path, (int(columns.widths[position]), int(columns.heights[position])))
+        split.load_image(position)
         return path, hashlib.blake2b(path.read_bytes(), digest_size=16).digest(), None
     except UserError as error:
         return path, b"", f"{split.json_file}: image {columns.image_ids[position]}: {error}"

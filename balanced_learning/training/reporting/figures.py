@@ -1,102 +1,78 @@
-"""Figures: predictions beside the ground truth, curves, sampled boxes, and the levels of a pyramid."""
+"""Figures: curves, the IoUs that are sampled, sampled boxes, and the levels of a pyramid."""
 
 import math
-from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import torch
-from matplotlib.font_manager import findfont
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, Normalize
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
-from torchvision.utils import draw_bounding_boxes
 
 from balanced_learning.detection.imbalance import MatchedProposals
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-SHOWN_SCORE = 0.3
-SHOWN_BOXES = 60  # of an image, spread evenly over those chosen in order of IoU
-COLUMN_WIDTH = 3.4  # of save_pyramid, in inches
-
-
-def save_predictions(
-    path: Path, samples: Iterable[tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]], names: dict[int, str]
-) -> None:
-    """Draws ground truth and predictions side by side, an image a row.
-
-    Args:
-        path: the PNG to write.
-        samples: images [3, H, W] in [0, 1] with their targets and detections.
-        names: of the labels.
-    """
-    samples = list(samples)
-    figure, axes = plt.subplots(len(samples), 2, figsize=(10, 4 * len(samples)), squeeze=False)
-    for (image, target, detected), (left, right) in zip(samples, axes, strict=True):
-        sure = detected["scores"] >= SHOWN_SCORE
-        found = [
-            f"{names.get(label, label)} {score:.2f}"
-            for label, score in zip(
-                detected["labels"][sure].int().tolist(), detected["scores"][sure].tolist(), strict=True
-            )
-        ]
-        _show(left, image, target["boxes"], [names[label] for label in target["labels"].tolist()], "lime")
-        _show(right, image, detected["boxes"][sure], found, "orange")
-    axes[0, 0].set_title("ground truth")
-    axes[0, 1].set_title(f"predictions with a score of {SHOWN_SCORE:g} or more")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def _show(axis: plt.Axes, image: Tensor, boxes: Tensor, labels: list[str], color: str) -> None:
-    scale = max(1, math.ceil(480 / max(image.shape[-2:])))  # small images are enlarged to have room for words
-    image = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    if len(boxes):
-        font = findfont("DejaVu Sans")  # comes with matplotlib
-        image = draw_bounding_boxes(
-            image, boxes * scale, labels, color, width=2, font=font, font_size=16, fill_labels=True
-        )
-    axis.imshow(image.permute(1, 2, 0).numpy())
-    axis.set_axis_off()
+SHOWN_BOXES = 45  # of an image, spread evenly over those chosen in order of IoU
+BOXES_WIDTH, COLUMN_WIDTH = 5.5, 3.4  # of an image of save_sampled_boxes and of save_pyramid, in inches
+GROUND_TRUTH = "white"
+BIN_COLORS = ["#56b4e9", "#f0e442", "#d55e00"]  # from the first bin of IoU to the last
 
 
 def save_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     """Draws the losses and the AP of all epochs."""
     epochs = [row["epoch"] for row in rows]
-    figure, (losses, precision) = plt.subplots(1, 2, figsize=(11, 4))
+    figure, (losses, precision) = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
     for name in (n for n in rows[-1] if ("loss" in n and "/" not in n) or n in ("classification", "bbox_regression")):
-        losses.plot(epochs, [row.get(name, math.nan) for row in rows], label=name, marker=".")
+        values = [row.get(name, math.nan) for row in rows]
+        style = {"color": "black", "linewidth": 2.5} if name == "loss" else {}
+        losses.plot(epochs, values, label="loss, the sum" if name == "loss" else name, marker=".", **style)
     for name in ("AP", "AP50", "AP75"):
         values = [row.get(name) for row in rows]
         precision.plot(epochs, [math.nan if v is None else 100 * v for v in values], label=name, marker=".")
-    losses.set(xlabel="epoch", ylabel="loss", yscale="log")
+    losses.set(xlabel="epoch", ylabel="loss, mean of the epoch", yscale="log")
+    losses.yaxis.set_major_formatter("{x:g}")
     precision.set(xlabel="epoch", ylabel="average precision in %", ylim=(0, None))
     for axis in (losses, precision):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
         axis.grid(alpha=0.3)
-        axis.legend()
-    figure.tight_layout()
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def save_iou_shares(path: Path, shares: dict[str, Tensor], max_iou: float) -> None:
-    """Draws the share of negatives in equal intervals of [0, max_iou], figure 3 of Libra R-CNN."""
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    intervals = len(next(iter(shares.values())))
-    edges = torch.linspace(0, max_iou, intervals + 1)
-    width = (edges[1] - edges[0]).item() / (len(shares) + 1)
+def save_iou_shares(path: Path, shares: dict[str, Tensor], edges: Tensor, bins: list[float]) -> None:
+    """Draws the share of negatives in intervals of IoU, figure 3 of Libra R-CNN.
+
+    Args:
+        path: the PNG to write.
+        shares: by name, the shares of the I intervals.
+        edges: of the intervals. [I + 1]
+        bins: the edges of the sampler's bins, which are among them. [K + 1]
+    """
+    figure, axis = plt.subplots(figsize=(11, 4.5), layout="constrained")
+    widths = edges.diff() / (len(shares) + 1)
     for i, (name, share) in enumerate(shares.items()):
-        axis.bar((edges[:-1] + (i + 1) * width).numpy(), 100 * share.numpy(), width, label=name)
-    axis.set(xlabel="IoU with the nearest ground truth", ylabel="share of the negatives in %", xticks=edges.tolist())
-    axis.legend()
+        left = edges[:-1] + (i + 0.5) * widths
+        axis.bar(left.numpy(), 100 * share.numpy(), widths.numpy(), align="edge", label=name)
+    for edge in bins:
+        axis.axvline(edge, color="black", linestyle="--", linewidth=1)
+    for number, (low, high) in enumerate(pairwise(bins), 1):
+        axis.text((low + high) / 2, 1.01, f"bin {number}", transform=axis.get_xaxis_transform(), ha="center")
+    axis.set(xlabel="IoU with the nearest ground truth", ylabel="share of the negatives in %", xlim=(0, bins[-1]))
+    axis.set_xticks(edges.tolist(), [f"{edge:.2f}" for edge in edges.tolist()])
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, title="negatives")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def save_sampled_boxes(
-    path: Path, proposals: list[MatchedProposals], masks: dict[str, list[Tensor]], max_iou: float
+    path: Path, proposals: list[MatchedProposals], masks: dict[str, list[Tensor]], bins: list[float]
 ) -> None:
     """Draws negatives that samplers chose, an image a row and a sampler a column, figure 6 of Libra R-CNN.
 
@@ -104,34 +80,38 @@ def save_sampled_boxes(
         path: the PNG to write.
         proposals: of each image.
         masks: by the name of the sampler, the negatives of each image that it chose; some of them are shown.
-        max_iou: the IoU at the end of the colours.
+        bins: the edges of the bins of IoU, each of which has a colour. [K + 1]
     """
+    row_height = BOXES_WIDTH * max(each.image.shape[1] / each.image.shape[2] for each in proposals) + 0.35
     figure, axes = plt.subplots(
         len(proposals),
         len(masks),
-        figsize=(5.5 * len(masks), 4.2 * len(proposals)),
+        figsize=(BOXES_WIDTH * len(masks) + 1, row_height * len(proposals)),
         squeeze=False,
         layout="constrained",
     )
-    color_of = plt.get_cmap("plasma")
+    colors = LinearSegmentedColormap.from_list("IoU", BIN_COLORS, len(bins) - 1)
+    norm = BoundaryNorm(bins, len(bins) - 1, clip=True)
     for row, (each, *chosen) in enumerate(zip(proposals, *masks.values(), strict=True)):
         for axis, name, mask in zip(axes[row], masks, chosen, strict=True):
-            axis.imshow(0.7 * each.image.permute(1, 2, 0).numpy().clip(0, 1))
+            axis.imshow(each.image.mean(dim=0).numpy(), cmap="gray", vmin=0, vmax=1.3)  # colours are for boxes
             indices = mask.nonzero().flatten()
+            num_shown = min(SHOWN_BOXES, len(indices))
             by_iou = indices[each.ious[indices].argsort()]
-            for index in by_iou[torch.linspace(0, len(by_iou) - 1, min(SHOWN_BOXES, len(by_iou))).long()].tolist():
-                iou = each.ious[index].item()
-                _outline(axis, each.boxes[index].tolist(), color_of(iou / max_iou), 0.6 + 1.4 * iou / max_iou)
+            for index in by_iou[torch.linspace(0, len(by_iou) - 1, num_shown).long()].tolist():
+                _outline(axis, each.boxes[index].tolist(), colors(norm(each.ious[index].item())), 1.2)
             for box in each.gt_boxes.tolist():
-                _outline(axis, box, "lime", 2)
-            near = int((each.ious[mask] >= 0.1 * max_iou).sum())
-            title = f"{len(indices)} negatives, {near} with IoU of {0.1 * max_iou:.2g} or more"
-            axis.set_title(title if row else f"{name}: {title}", size=10)
+                _outline(axis, box, GROUND_TRUTH, 2.5)
+            counts = torch.histogram(each.ious[mask].clamp(max=bins[-1]), torch.tensor(bins)).hist
+            in_bins = " + ".join(f"{count:.0f}" for count in counts.tolist())
+            axis.set_title(f"{name}: {in_bins} negatives in the bins, {num_shown} of them drawn", size=10)
             axis.set_axis_off()
     figure.colorbar(
-        mpl.cm.ScalarMappable(mpl.colors.Normalize(0, max_iou), color_of),
+        mpl.cm.ScalarMappable(norm, colors),
         ax=axes,
-        label="IoU with the nearest ground truth (green)",
+        ticks=bins,
+        format="{x:.2f}",
+        label="IoU with the nearest ground truth (white)",
         shrink=0.6,
     )
     figure.savefig(path, dpi=110)
@@ -139,34 +119,45 @@ def save_sampled_boxes(
 
 
 def _outline(axis: plt.Axes, box: list[float], color: object, width: float) -> None:
+    """A box with a dark edge, to be seen on any ground."""
     x1, y1, x2, y2 = box
-    axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width))
+    edge = [withStroke(linewidth=width + 1.5, foreground="black")]
+    axis.add_patch(
+        plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width, path_effects=edge)
+    )
 
 
-def save_pyramid(path: Path, image: Tensor, averages: list[Tensor], levels: dict[str, list[Tensor]], neck: str) -> None:
+def save_pyramid(
+    path: Path, image: Tensor, boxes: Tensor, averages: list[Tensor], levels: dict[str, list[Tensor]], neck: str
+) -> None:
     """Draws what a balanced feature pyramid does to the levels of an image, figure 4 of Libra R-CNN.
 
     Args:
         path: the PNG to write.
         image: [3, H, W], from 0 to 1.
+        boxes: the ground truth, outlined everywhere, xyxy in pixels of the image. [G, 4]
         averages: heat maps [h, w] of the average of all levels, as it is and refined.
         levels: for every level by name, the heat maps before, with the average and with the refined average added; in
             colours that mean the same along the row.
         neck: the name of what makes the levels.
     """
     rows = 1 + len(levels)
-    row_height = COLUMN_WIDTH * image.shape[1] / image.shape[2] + 0.35
+    height, width = image.shape[1:]
+    row_height = COLUMN_WIDTH * height / width + 0.35
     figure, axes = plt.subplots(rows, 3, figsize=(3 * COLUMN_WIDTH + 1, rows * row_height), layout="constrained")
     axes[0, 0].imshow(image.permute(1, 2, 0).numpy())
-    _plot_row(axes[0, 1:], averages)
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)  # heat in the size of the image
+    _plot_row(axes[0, 1:], averages, extent)
     for line, heats in zip(axes[1:], levels.values(), strict=True):
-        _plot_row(line, heats)
+        _plot_row(line, heats, extent)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
+        for box in boxes.tolist():
+            _outline(axis, box, GROUND_TRUTH, 1.2 if axis is axes[0, 0] else 0.6)
     for axis, name in zip(axes[:, 0], ("image", *levels), strict=True):
         axis.set_ylabel(name)
     for line, titles in (
-        (axes[0], ("", "average of all levels", "the average refined")),
+        (axes[0], ("ground truth in white" if len(boxes) else "", "average of all levels", "the average refined")),
         (axes[1], (f"level from the {neck}", "with the average added", "with the refined average added")),
     ):
         for axis, title in zip(line, titles, strict=True):
@@ -175,8 +166,8 @@ def save_pyramid(path: Path, image: Tensor, averages: list[Tensor], levels: dict
     plt.close(figure)
 
 
-def _plot_row(axes: Any, heats: list[Tensor]) -> None:
-    scale = mpl.colors.Normalize(min(heat.min().item() for heat in heats), max(heat.max().item() for heat in heats))
+def _plot_row(axes: Any, heats: list[Tensor], extent: tuple[float, float, float, float]) -> None:
+    scale = Normalize(min(heat.min().item() for heat in heats), max(heat.max().item() for heat in heats))
     for axis, heat in zip(axes, heats, strict=True):
-        shown = axis.imshow(heat.numpy(), cmap="inferno", norm=scale)
+        shown = axis.imshow(heat.numpy(), cmap="inferno", norm=scale, extent=extent)
     axes[0].figure.colorbar(shown, ax=axes, pad=0.01, aspect=12)

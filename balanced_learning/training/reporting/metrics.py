@@ -43,9 +43,13 @@ def continue_rows(path: Path, before: Path, epoch: int) -> None:
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_whole(path: Path, text: str) -> None:
     """Writes beside the file, then renames it, so that it is never half written."""
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    unfinished.write_text(text)
     unfinished.replace(path)
 
 

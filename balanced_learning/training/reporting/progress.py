@@ -3,11 +3,18 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+
+class Batches(Protocol):
+    """A loader, or whatever knows how many batches it yields."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 class Progress:
@@ -18,7 +25,7 @@ class Progress:
         self.print_freq = print_freq
         self.is_main = is_main
 
-    def over(self, loader: DataLoader, status: Callable[[], str]) -> Iterator[Any]:
+    def over(self, loader: Batches, status: Callable[[], str]) -> Iterator[Any]:
         """The batches. ``status`` is asked on every process, for it may have to hear the others."""
         on_terminal = sys.stdout.isatty()
         start, waited, last = time.perf_counter(), 0.0, time.perf_counter()

@@ -1,0 +1,89 @@
+"""State dicts in files: reading what others saved, and loading it with the first misfit named."""
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from balanced_learning.training.errors import UserError
+
+_ENTRIES = ("model", "state_dict", "model_state_dict")
+_WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DataParallel and averages, torch.compile, Lightning
+
+
+def read_tensors(path: Path, source: str) -> Any:
+    """Reads a file of torch.save or safetensors that holds tensors and plain values. No code of it is run.
+
+    Args:
+        path: the file.
+        source: how errors name it.
+
+    Raises:
+        UserError: if it cannot be read, or holds other things.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{source}: not a file but a folder, pipe or device")
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path, source)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # torchvision's programs save their arguments so
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror})") from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever zip and pickle make of other bytes
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"with a {found[1]} in it; save a state_dict() alone" if found else "damaged, or another kind of file"
+        raise UserError(f"{source}: not a checkpoint of tensors and plain values: {what}") from None
+
+
+def _read_safetensors(path: Path, source: str) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{source}: needs the package safetensors") from None
+    return load_file(path)
+
+
+def find_state_dict(content: Any, source: str) -> dict[str, Tensor]:
+    """The state dict in the content of a file: as it is or as an entry, its keys without the prefixes of wrappers.
+
+    Raises:
+        UserError: if there is none; names the first entry that is no tensor.
+    """
+    entries = content if isinstance(content, Mapping) else {}
+    nested = next((entries[key] for key in _ENTRIES if isinstance(entries.get(key), Mapping)), entries)
+    state = {key: value for key, value in nested.items() if key != "n_averaged"}
+    if not state:
+        raise UserError(f"{source}: holds no state dict")
+    for key, value in state.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            raise UserError(f"{source}: no state dict: {key!r} is a {type(value).__name__}")
+    while prefix := next((prefix for prefix in _WRAPPERS if all(key.startswith(prefix) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def load(
+    module: nn.Module, state: Mapping[str, Tensor], source: str, *, may_miss: tuple[str, ...] = (), hint: str = ""
+) -> list[str]:
+    """Loads a state dict in which only keys with the prefixes ``may_miss`` may miss, and returns those that do.
+
+    Raises:
+        UserError: if something does not fit; names the first misfit, with ``hint`` behind it.
+    """
+    try:
+        missing, unexpected = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # a headline, and a line for each tensor of another shape
+        misfit = str(error).splitlines()[1].strip().rstrip(".")
+    else:
+        lacking = [key for key in missing if not key.startswith(may_miss)]
+        if not (lacking or unexpected):
+            return missing
+        misfit = f"it has no {lacking[0]}" if lacking else f"{unexpected[0]!r} has no place in the model"
+    raise UserError(f"{source}: does not fit: {misfit}{hint}")
