@@ -139,7 +139,7 @@ def _ground_truth(split: Split) -> Boxes:
     return Boxes(
         image=columns.image_of_boxes(),
         category=by_id[np.searchsorted(ids, columns.category_ids, sorter=by_id)],
-        box=columns.boxes,
+        box=np.asarray(columns.boxes),  # a mapped array is of a type that pycocotools does not take
         area=columns.areas,
         crowd=columns.crowds,
         score=np.ones(len(columns.boxes)),
