@@ -150,7 +150,7 @@ def _detections(split: Split, detections: dict[int, dict[str, Tensor]], label_of
     """The detections on the images of the split, without labels that mean none of its categories."""
     index_of = {label_of[category_id]: k for k, category_id in enumerate(split.categories) if category_id in label_of}
     empty = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0)}
-    outputs = [detections.get(image["id"], empty) for image in split.images]
+    outputs = [detections.get(image_id, empty) for image_id in split.columns.image_ids.tolist()]
     boxes, scores, labels = (torch.cat([output[key].cpu().double() for output in outputs]) for key in empty)
     category = np.array([index_of.get(label, -1) for label in labels.long().tolist()], np.int64)
     box = box_convert(boxes, "xyxy", "xywh").numpy()
