@@ -84,7 +84,7 @@ def test_the_picture_of_an_evaluation_has_a_colour_for_each_outcome(dataset, tmp
     detections[18] = {
         "boxes": torch.tensor([[4.0, 4, 34, 24], [40, 2, 60, 20], [36, 26, 60, 40], [0, 30, 30, 47]]),
         "scores": torch.tensor([0.9, 0.5, 0.8, 0.2]),  # the last is not shown
-        "labels": torch.tensor([toothbrush, toothbrush, toothbrush, toothbrush]).float(),
+        "labels": torch.tensor([toothbrush] * 4).float(),
     }
 
     def colors(index) -> set[tuple[int, int, int]]:
@@ -97,6 +97,8 @@ def test_the_picture_of_an_evaluation_has_a_colour_for_each_outcome(dataset, tmp
     outcomes = {FOUND, MISSED, FALSE_ALARM, CROWD}
     assert colors(7) & outcomes == {FOUND, FALSE_ALARM, CROWD}
     assert colors(2) & outcomes == {MISSED}
+    detections[18]["labels"][1] = 77  # of a class that the data has not
+    assert colors(7) & outcomes == {FOUND, CROWD}
     assert colors(0) & outcomes == set()
 
 
