@@ -26,7 +26,7 @@ from _common import RESULTS, environment, markdown, write
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {"Libra": [], "plain": ["--no-sampler", "--no-pyramid", "--no-box-loss"]}
-BCCD = ["--recipe", "shapes", "--min-size", "160", "--max-size", "240", "--epochs", "16"]
+BCCD = ["--recipe", "shapes", "--min-size", "160", "--max-size", "240", "--epochs", "12"]
 CASES = {"shapes": ([], 3), "bccd": (BCCD, 2)}  # options and number of seeds
 
 

@@ -14,7 +14,6 @@ release = metadata.version(project)
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["toc.not_readable"]
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True

@@ -16,19 +16,20 @@ TEXTS = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTIN
 
 
 @pytest.mark.parametrize(
-    ("name", "benchmark"),
+    ("name", "benchmark", "text"),
     [
-        ("training_shapes", "training"),
-        ("training_bccd", "training"),
-        ("kernel_speed_cpu", "kernel_speed"),
-        ("sampler_speed_cpu", "sampler_speed"),
-        ("pyramid_speed_cpu", "pyramid_speed"),
+        ("training_shapes", "training", "README.md"),
+        ("training_bccd", "training", "README.md"),
+        ("kernel_speed_cpu", "kernel_speed", "README.md"),
+        ("sampler_speed_cpu", "sampler_speed", "README.md"),
+        ("pyramid_speed_cpu", "pyramid_speed", "README.md"),
+        ("reading_speed", "reading_speed", "docs/guides/own_data.md"),
     ],
 )
-def test_figures_are_those_a_command_wrote(name, benchmark, monkeypatch):
+def test_figures_are_those_a_command_wrote(name, benchmark, text, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")  # where its folder is when it is run
     results = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
-    assert f"<!-- {name} -->\n{import_module(benchmark).table(results)}\n" in (ROOT / "README.md").read_text()
+    assert f"<!-- {name} -->\n{import_module(benchmark).table(results)}\n" in (ROOT / text).read_text()
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
@@ -61,7 +62,8 @@ def test_twelve_lines_predict(tmp_path, monkeypatch):
     Image.effect_noise((90, 60), 80).save("street.jpg", exif=exif)
     result: dict = {}
     exec(block.replace("0.5", "0.1"), result)  # noqa: S102
-    assert set(result["names"]) == {"cat", "dog [old]"}
+    assert result["names"]
+    assert set(result["names"]) <= {"cat", "dog [old]"}
     with Image.open("street-found.png") as picture:
         assert picture.size == (60, 90)
 

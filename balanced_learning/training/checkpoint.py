@@ -17,7 +17,8 @@ from balanced_learning.training.errors import UserError
 from balanced_learning.training.state_dicts import read_tensors
 
 NORM_EPS = 1e-5  # torchvision's default of frozen batch norm
-_KEYS = {"model", "epoch", "iterations", "config", "categories", "category_ids", "num_classes", "versions"}
+_TYPES = {"epoch": int, "iterations": int, "categories": dict, "category_ids": dict, "num_classes": int}
+_KEYS = {"model", "config", "versions", *_TYPES}
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,20 @@ class Checkpoint:
         """The checkpoint with this content.
 
         Raises:
-            UserError: if its settings or categories cannot be read.
+            UserError: if its settings or another entry cannot be read.
         """
-        labels = Labels(content["categories"], content["category_ids"], content["num_classes"])
-        if not (isinstance(labels.names, dict) and isinstance(labels.category_ids, dict)):
-            raise UserError(f"{path}: its categories cannot be read")
-        states = {name: state for name, state in content.items() if name not in _KEYS or name == "model"}
         try:
             config = _config(path, content["config"])
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"{path}: its settings cannot be read ({error})") from None
-        # Earlier versions did not save it, and had no other weights of detectors than torchvision's.
-        norm_eps = states.pop("norm_eps", 0.0 if config.model.weights else NORM_EPS)
-        return cls(path, config, labels, content["epoch"], content["iterations"], norm_eps, states)
+        # Earlier versions did not save norm_eps, and had no other weights of detectors than torchvision's.
+        content = {"norm_eps": 0.0 if config.model.weights else NORM_EPS, **content}
+        for name, expected in {**_TYPES, "norm_eps": float}.items():
+            if not isinstance(content[name], expected):
+                raise UserError(f"{path}: its {name} cannot be read: {content[name]!r:.60}")
+        labels = Labels(content["categories"], content["category_ids"], content["num_classes"])
+        states = {name: state for name, state in content.items() if name not in _KEYS - {"model"} | {"norm_eps"}}
+        return cls(path, config, labels, content["epoch"], content["iterations"], content["norm_eps"], states)
 
     def restore(self, parts: dict[str, Any]) -> None:
         """Loads the states of the parts by their names.

@@ -13,7 +13,8 @@ from torchvision.models.resnet import BasicBlock, conv1x1
 from torchvision.ops import Conv2dNormActivation, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-STAGES = {"stage1": 32, "stage2": 64, "stage3": 128}  # channels, of strides 4, 8 and 16
+STEM_CHANNELS = 32
+STAGES = {"stage1": 64, "stage2": 96, "stage3": 128}  # channels, of strides 4, 8 and 16
 LEVEL_CHANNELS, ROI_SIZE, HEAD_CHANNELS = 64, 5, 256
 RATIOS = (0.5, 1.0, 2.0)
 
@@ -46,14 +47,9 @@ def small_retinanet(num_classes: int, **options: Any) -> RetinaNet:
 
 def _backbone(stages: list[str], extra_blocks: nn.Module) -> BackboneWithFPN:
     """An FPN on these stages; batch norm never meets a map of one pixel, for images are padded to a multiple of 32."""
-    body = nn.Sequential(
-        OrderedDict(
-            stem=Conv2dNormActivation(3, 16, stride=2),
-            stage1=_stage(16, 32),
-            stage2=_stage(32, 64),
-            stage3=_stage(64, 128),
-        )
-    )
+    body = nn.Sequential(OrderedDict(stem=Conv2dNormActivation(3, STEM_CHANNELS, stride=2)))
+    for (stage, channels), in_channels in zip(STAGES.items(), (STEM_CHANNELS, *STAGES.values()), strict=False):
+        body.add_module(stage, _stage(in_channels, channels))
     levels = {stage: str(number) for number, stage in enumerate(stages)}
     return BackboneWithFPN(body, levels, [STAGES[stage] for stage in stages], LEVEL_CHANNELS, extra_blocks)
 

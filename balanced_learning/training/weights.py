@@ -1,6 +1,6 @@
 """The weights that a detector starts from: torchvision's by their names, or those of a file."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ from balanced_learning.training.checkpoint import NORM_EPS, Checkpoint
 from balanced_learning.training.config import Config, ModelConfig, flag_of
 from balanced_learning.training.data.coco import Split
 from balanced_learning.training.data.labels import Labels
-from balanced_learning.training.errors import UserError
+from balanced_learning.training.errors import UserError, printable
 from balanced_learning.training.state_dicts import find_state_dict, load, read_tensors
 
-_COCO = {
-    "libra_fasterrcnn": FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
-    "libra_retinanet": RetinaNet_ResNet50_FPN_Weights.COCO_V1,
-}
+State = dict[str, Tensor]
+
+_OFFERED = {"libra_fasterrcnn": FasterRCNN_ResNet50_FPN_Weights, "libra_retinanet": RetinaNet_ResNet50_FPN_Weights}
 _COCO_OUTPUTS = {"roi_heads.box_predictor.cls_score.bias": 91, "head.classification_head.cls_logits.bias": 9 * 91}
 _PREDICTORS = ("roi_heads.box_predictor.", "head.classification_head.cls_logits.")  # all that depends on the classes
 _NECKS = ("backbone.bfp.", "backbone.path_aggregation.")
@@ -31,7 +30,7 @@ _CLASSIFIERS = ("fc.", "classifier.")
 
 def are_torchvisions(weights: str | None) -> bool:
     """Whether ``--weights`` names those that torchvision offers for its ResNet-50 detectors. Otherwise it is a file."""
-    return weights in FasterRCNN_ResNet50_FPN_Weights.__members__
+    return any(weights in offered.__members__ for offered in _OFFERED.values())
 
 
 def choose_labels(config: Config, split: Split, checkpoint: Checkpoint | None) -> Labels:
@@ -70,7 +69,7 @@ class DetectorWeights:
 
     Attributes:
         flag: what asks for them.
-        state: the state dict.
+        state: returns the state dict, which may have to be downloaded.
         categories: the name of each label; none, where nothing tells.
         num_classes: size of its output, background included; 0 where nothing tells.
         norm_eps: epsilon of the frozen batch norm that they were trained with.
@@ -78,7 +77,7 @@ class DetectorWeights:
     """
 
     flag: str
-    state: dict[str, Tensor]
+    state: Callable[[], State]
     categories: dict[int, str]
     num_classes: int
     norm_eps: float
@@ -86,30 +85,33 @@ class DetectorWeights:
 
     @classmethod
     def read(cls, config: ModelConfig) -> "DetectorWeights":
-        """Reads ``--weights``.
+        """Reads ``--weights``, but downloads nothing yet.
 
         Raises:
-            UserError: if they cannot be read or downloaded.
+            UserError: if they cannot be read.
         """
-        flag = f"--weights {config.weights}"
-        coco = _COCO[config.model]
+        flag = f"--weights {printable(config.weights)}"
+        offered = _OFFERED[config.model]
+        coco = offered.COCO_V1
         names = coco.meta["categories"]
         coco_categories = dict(enumerate(names[1:], 1))  # the first is the background
         if are_torchvisions(config.weights):
-            return cls(flag, _download(coco, flag), coco_categories, len(names), norm_eps=0.0)
+            named = offered[str(config.weights)]
+            eps = 0.0 if named == coco else NORM_EPS  # as torchvision's builders set it
+            return cls(flag, lambda: _download(named, flag), coco_categories, len(names), eps)
         path = Path(str(config.weights))
         if not path.exists():
-            known = ", ".join(type(coco).__members__)
-            raise UserError(f"{flag}: no such file, and torchvision's weights are {known}")
+            raise UserError(f"{flag}: no such file, and torchvision's weights are {', '.join(offered.__members__)}")
         content = read_tensors(path, flag)
         state = find_state_dict(content, flag)
         if Checkpoint.is_one(content):
             made = Checkpoint.of(path, content)
-            return cls(flag, state, made.labels.names, made.labels.num_classes, made.norm_eps, made.config.model)
+            labels = made.labels
+            return cls(flag, lambda: state, labels.names, labels.num_classes, made.norm_eps, made.config.model)
         if not any(key in state and state[key].shape == (size,) for key, size in _COCO_OUTPUTS.items()):
-            return cls(flag, state, {}, 0, NORM_EPS)
-        norm_eps = 0.0 if path.name == Path(coco.url).name else NORM_EPS
-        return cls(flag, state, coco_categories, len(names), norm_eps)
+            return cls(flag, lambda: state, {}, 0, NORM_EPS)
+        eps = 0.0 if path.name == Path(coco.url).name else NORM_EPS
+        return cls(flag, lambda: state, coco_categories, len(names), eps)
 
     def unknown(self, names: Iterable[str]) -> str | None:
         """Why they cannot detect the categories of these names, if so."""
@@ -127,31 +129,30 @@ class DetectorWeights:
         """Loads the weights, without those of the predictors if the labels are others, and says what was taken.
 
         Raises:
-            UserError: if they do not fit; names the first misfit, and the flags that would fit.
+            UserError: if they cannot be downloaded or do not fit; names the first misfit, and the flags that would fit.
         """
         unknown = self.unknown(labels.names.values())
         predictors = _PREDICTORS if unknown else ()
-        state = {key: value for key, value in self.state.items() if not key.startswith(_OTHER_TASKS + predictors)}
-        missing = load(model, state, self.flag, may_miss=_NECKS + predictors, hint=self._what_fits(config))
+        whole = self.state()
+        state = {key: value for key, value in whole.items() if not key.startswith(_OTHER_TASKS + predictors)}
+        missing = load(model, state, self.flag, may_miss=_NECKS + predictors, hint=self._what_fits(whole, config))
         overwrite_eps(model, self.norm_eps)
         said = f"{self.flag}: takes {_parts(key for key in model.state_dict() if key not in missing)}"
         if missing:
             said += f"; starts anew: {_parts(missing)}" + (f" ({unknown})" if unknown else "")
-        if other := [key for key in self.state if key.startswith(_OTHER_TASKS)]:
+        if other := [key for key in whole if key.startswith(_OTHER_TASKS)]:
             said += f"; leaves out: {_parts(other)}"
         return said
 
-    def _what_fits(self, config: ModelConfig) -> str:
+    def _what_fits(self, state: State, config: ModelConfig) -> str:
         """The flags that they were made with, where these differ."""
-        if not any(key.startswith("backbone.") for key in self.state):
+        if not any(key.startswith("backbone.") for key in state):
             return "; weights of a backbone alone go to --weights-backbone"
+        has_rpn = any(key.startswith("rpn.") for key in state)
+        made = {"model": "libra_fasterrcnn" if has_rpn else "libra_retinanet"}
         if self.settings:
             names = ("model", "backbone", "small", "pyramid", "path_aggregation")
             made = {name: getattr(self.settings, name) for name in names}
-        else:
-            made = {
-                "model": "libra_fasterrcnn" if any(key.startswith("rpn.") for key in self.state) else "libra_retinanet"
-            }
         flags = [_typed(name, value) for name, value in made.items() if value != getattr(config, name)]
         return f"; made with {' '.join(flags)}" if flags else ""
 
@@ -170,7 +171,7 @@ def _parts(keys: Iterable[str]) -> str:
 
 
 def _load_backbone(body: nn.Module, name: str, weights: str) -> str:
-    flag = f"--weights-backbone {weights}"
+    flag = f"--weights-backbone {printable(weights)}"
     offered = get_model_weights(name)
     if weights in offered.__members__:
         state = _download(offered[weights], flag)
@@ -191,7 +192,7 @@ def _load_backbone(body: nn.Module, name: str, weights: str) -> str:
     return f"{flag}: takes backbone.body"
 
 
-def _download(weights: WeightsEnum, flag: str) -> dict[str, Tensor]:
+def _download(weights: WeightsEnum, flag: str) -> State:
     try:
         return dict(weights.get_state_dict(progress=distributed.is_main(), check_hash=True))
     except Exception as error:  # no connection, no room, a broken file: whatever network, disk and pickle make of it

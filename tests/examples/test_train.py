@@ -322,19 +322,12 @@ def test_a_model_that_torchvision_does_not_have_is_named(tmp_path, coco_root, er
     assert re.search(message, error("--data-path", coco_root, "--device", "cpu", "--output-dir", tmp_path, *options))
 
 
-def test_batch_norm_that_meets_one_pixel_is_named(tmp_path, coco_root, error):
-    options = ["--backbone", "resnet18", "--weights-backbone", "none", "--min-size", 24, "--max-size", 32, "-b", 1]
-    message = error("--data-path", coco_root, *options, "-j", 0, "--device", "cpu", "--output-dir", tmp_path)
-    assert "batch norm cannot train on 1 image so small" in message
-    assert "--min-size" in message
-
-
 @pytest.mark.parametrize(
     "flags",
     [
         ["--small"],
         ["--small", "--model", "libra_retinanet"],
-        ["--backbone", "mobilenet_v3_small", "--weights-backbone", "mobilenet.pth"],
+        ["--model", "libra_retinanet", "--backbone", "mobilenet_v3_small", "--weights-backbone", "mobilenet.pth"],
     ],
     ids=["detector", "retinanet", "backbone"],
 )
@@ -376,6 +369,13 @@ def test_torchvisions_weights_are_fine_tuned_to_other_categories(tmp_path, coco_
     assert "(it knows no category 'thing')" in train(*options, "--output-dir", tmp_path)
     assert math.isfinite(rows(tmp_path)[0]["loss"])
     assert load_detector(tmp_path / "checkpoint.pth").categories == {1: "thing"}
+
+
+def test_batch_norm_that_meets_one_pixel_is_named(tmp_path, coco_root, error):
+    options = ["--backbone", "resnet18", "--weights-backbone", "none", "--min-size", 24, "--max-size", 32, "-b", 1]
+    message = error("--data-path", coco_root, *options, "-j", 0, "--device", "cpu", "--output-dir", tmp_path)
+    assert "batch norm cannot train on 1 image so small" in message
+    assert "--min-size" in message
 
 
 def test_a_checkpoint_is_never_lost(tmp_path, coco_root, train, error, monkeypatch):

@@ -105,6 +105,7 @@ CASES = {
     "a strip": ("val2017", strip),
     "no image": ("val2017", lambda root: lambda c: (root / "val2017" / "21.png").unlink()),
     "no folder": ("val2017", lambda root: lambda c: shutil.rmtree(root / "val2017")),
+    "nothing to evaluate": ("val2017", lambda root: lambda c: c.update(annotations=[])),
     "empty boxes in val": ("val2017", lambda root: lambda c: c["annotations"][0].update(bbox=[1, 1, 0, 0])),
 }
 

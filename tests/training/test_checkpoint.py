@@ -72,7 +72,7 @@ def test_parts_that_do_not_fit_are_refused_in_one_line(saved, parts, message):
 
 def test_other_data_is_refused(saved):
     checkpoint = Checkpoint.load(saved[0])
-    split = Split(Path("train.json"), Path(), [], {}, {3: "car", 90: "toothbrush"})
+    split = Split(Path("train.json"), Path(), {3: "car", 90: "toothbrush"}, {}, {})
     checkpoint.check_data(split, 7)
     checkpoint.check_data(split, None)
     with pytest.raises(UserError, match=r"checkpoint\.pth: an epoch had 7 iterations, not 8"):
@@ -122,6 +122,16 @@ def test_a_folder_with_another_run_is_refused_until_it_goes_on(saved, tmp_path):
     save(best, {"model": model}, **STATE | {"epoch": 1})
     with pytest.raises(UserError, match=r"checkpoint\.pth is of a later epoch; name another --output-dir"):
         prepare_folder(config, Checkpoint.load(best))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("categories", ["car"]), ("category_ids", None), ("num_classes", "3"), ("epoch", 1.5), ("norm_eps", None)],
+)
+def test_an_entry_of_another_type_is_named(saved, name, value):
+    torch.save(torch.load(saved[0]) | {name: value}, saved[0])
+    with pytest.raises(UserError, match=rf"checkpoint\.pth: its {name} cannot be read: "):
+        Checkpoint.load(saved[0])
 
 
 @pytest.mark.parametrize("config", [None, [], 5, {"data_path": 5}])

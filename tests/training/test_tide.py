@@ -107,6 +107,7 @@ def test_more_detections_of_a_class_than_coco_counts_are_left_out():
     false = [(0, 0, [300, 300, 9, 9], 0.5 + k / 1000) for k in range(100)]
     errors = find_errors(boxes((0, 0, OBJECT)), boxes((0, 0, OBJECT, 0.4), *false, (0, 1, OBJECT, 0.1)), 1, 2)
     assert kinds_of(errors) == {"background": 100, "classification": 1}
+    assert (errors.ap50[0], errors.counts["false negative"][0]) == (0, 1)
 
 
 def draw(seed, crowds):

@@ -20,7 +20,7 @@ HIDDEN = 0.6  # a shape covered by more than this share is not annotated
 FIRST_VAL_ID = 481  # whatever is trained on, the same images are evaluated
 
 
-def shapes_dataset(*, train: int = 1400, val: int = 120, seed: int = 0) -> Path:
+def shapes_dataset(*, train: int = 1280, val: int = 120, seed: int = 0) -> Path:
     """Returns the folder of the data set, drawn unless it is in the cache (``$XDG_CACHE_HOME`` or ``~/.cache``).
 
     Seed and id decide an image. Those to evaluate have the ids from 481 on, those to train on the first others.

@@ -82,6 +82,8 @@ def _check_resizing(split: Split, used: np.ndarray, options: ModelConfig, policy
 def _tell_unlearned_categories(train: Split, val: Split) -> None:
     learned = np.unique(train.columns.category_ids[train.causes == Cause.NONE])
     scored = np.unique(val.columns.category_ids[~val.columns.crowds])
+    if not len(scored):
+        warn(f"{val.json_file}: no box to evaluate with, so there will be no AP")
     names = [val.categories[category_id] for category_id in np.setdiff1d(scored, learned).tolist()]
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
