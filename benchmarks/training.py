@@ -46,9 +46,13 @@ def main() -> None:
         todo = {
             pool.submit(run, options[name], args.data_path, args.threads): name for name in options if name not in done
         }
-        for future in as_completed(todo):
-            done[todo[future]] = future.result()
-            write(unfinished, results)
+        try:
+            for future in as_completed(todo):
+                done[todo[future]] = future.result()
+                write(unfinished, results)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # else the others would be run first
+            raise
     results["runs"] = {name: done[name] for name in options}
     write(RESULTS / f"training_{args.case}.json", results)
     unfinished.unlink(missing_ok=True)
