@@ -139,7 +139,7 @@ def _ground_truth(split: Split) -> Boxes:
     return Boxes(
         image=columns.image_of_boxes(),
         category=by_id[np.searchsorted(ids, columns.category_ids, sorter=by_id)],
-        box=columns.boxes,
+        box=np.asarray(columns.boxes),  # a mapped array is of a type that pycocotools does not take
         area=columns.areas,
         crowd=columns.crowds,
         score=np.ones(len(columns.boxes)),
@@ -150,7 +150,7 @@ def _detections(split: Split, detections: dict[int, dict[str, Tensor]], label_of
     """The detections on the images of the split, without labels that mean none of its categories."""
     index_of = {label_of[category_id]: k for k, category_id in enumerate(split.categories) if category_id in label_of}
     empty = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0)}
-    outputs = [detections.get(image["id"], empty) for image in split.images]
+    outputs = [detections.get(image_id, empty) for image_id in split.columns.image_ids.tolist()]
     boxes, scores, labels = (torch.cat([output[key].cpu().double() for output in outputs]) for key in empty)
     category = np.array([index_of.get(label, -1) for label in labels.long().tolist()], np.int64)
     box = box_convert(boxes, "xyxy", "xywh").numpy()

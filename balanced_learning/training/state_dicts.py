@@ -15,12 +15,13 @@ _ENTRIES = ("model", "state_dict", "model_state_dict")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DataParallel and averages, torch.compile, Lightning
 
 
-def read_tensors(path: Path, source: str) -> Any:
+def read_tensors(path: Path, source: str, *, hint: str = "") -> Any:
     """Reads a file of torch.save or safetensors that holds tensors and plain values. No code of it is run.
 
     Args:
         path: the file.
         source: how errors name it.
+        hint: what an error adds where no file can be opened.
 
     Raises:
         UserError: if it cannot be read, or holds other things.
@@ -33,7 +34,7 @@ def read_tensors(path: Path, source: str) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):  # torchvision's programs save their arguments so
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{source}: cannot be read ({error.strerror or error}){hint}") from None
     except UserError:
         raise
     except Exception as error:  # whatever zip and pickle make of other bytes

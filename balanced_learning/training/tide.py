@@ -160,7 +160,7 @@ def _judge(truth: Boxes, found: Boxes) -> tuple[NDArray, ...]:
             (best_own >= BACKGROUND_IOU) & (best_own < FOREGROUND_IOU),
             best_other >= FOREGROUND_IOU,
             best_own >= FOREGROUND_IOU,
-            (best_own <= BACKGROUND_IOU) & (best_other <= BACKGROUND_IOU),
+            best_other <= BACKGROUND_IOU,
         ],
         [_HIT, _IGNORED, _LOCALISATION, _CLASSIFICATION, _DUPLICATE, _BACKGROUND],
         _BOTH,

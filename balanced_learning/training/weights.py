@@ -100,9 +100,7 @@ class DetectorWeights:
             eps = 0.0 if named == coco else NORM_EPS  # as torchvision's builders set it
             return cls(flag, lambda: _download(named, flag), coco_categories, len(names), eps)
         path = Path(str(config.weights))
-        if not path.exists():
-            raise UserError(f"{flag}: no such file, and torchvision's weights are {', '.join(offered.__members__)}")
-        content = read_tensors(path, flag)
+        content = read_tensors(path, flag, hint=f"; torchvision's weights are {', '.join(offered.__members__)}")
         state = find_state_dict(content, flag)
         if Checkpoint.is_one(content):
             made = Checkpoint.of(path, content)
@@ -175,12 +173,9 @@ def _load_backbone(body: nn.Module, name: str, weights: str) -> str:
     offered = get_model_weights(name)
     if weights in offered.__members__:
         state = _download(offered[weights], flag)
-    elif Path(weights).exists():
-        state = find_state_dict(read_tensors(Path(weights), flag), flag)
     else:
-        raise UserError(
-            f"{flag}: no such file, and torchvision's weights of {name} are {', '.join(offered.__members__)}"
-        )
+        hint = f"; torchvision's weights of {name} are {', '.join(offered.__members__)}"
+        state = find_state_dict(read_tensors(Path(weights), flag, hint=hint), flag)
     state = {key: value for key, value in state.items() if not key.startswith(_CLASSIFIERS)}
     if name.startswith("mobilenet"):  # whose classifier holds the body so
         body = nn.ModuleDict({"features": body})

@@ -129,6 +129,26 @@ def test_a_pattern_may_lie_in_a_folder_with_brackets(tmp_path, monkeypatch):
     assert find_images(["data [v2]/?"], Path("out")) == [Path("data [v2]/x/1.png")]
 
 
+def test_links_to_folders_are_followed_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw("in/1.png")
+    draw("disk/2.png")
+    Path("in/disk").symlink_to(tmp_path / "disk")
+    Path("disk/back").symlink_to(tmp_path / "in")
+    assert find_images(["in"], Path("out")) == [Path("in/1.png"), Path("in/disk/2.png")]
+
+
+def test_names_that_no_terminal_takes_are_taken(run):
+    names = ["a\nb.png", os.fsdecode(b"\xff.png"), "c\x1b[31m.png"]
+    for name in names:
+        draw(f"in/{name}")
+    Path("in/d\n.png").write_bytes(b"junk")
+    predictions, _, warnings = run("in")
+    assert {each["file"] for each in predictions} == {f"in/{name}" for name in names}
+    assert warnings == "warning: in/d\\n.png is unreadable (Pillow knows no such format)\n"
+    assert len(outputs()) == 4
+
+
 def test_images_of_one_name_have_a_picture_each(run):
     for name in ("in/a/1.png", "in/b/1.png", "in/1.bmp", "in/1.bmp.png", "in/1.gif"):
         draw(name)

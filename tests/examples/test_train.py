@@ -314,7 +314,7 @@ def test_wrong_options_are_named(tmp_path, coco_root, error, options, message):
         ),
         (
             ["--weights-backbone", "IMAGENET22K"],
-            "--weights-backbone IMAGENET22K: no such file, .*resnet50 are IMAGENET1K_V1, ",
+            "--weights-backbone IMAGENET22K: cannot be read .*resnet50 are IMAGENET1K_V1, ",
         ),
     ],
 )

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch import nn
 
 from balanced_learning.detection import libra_fasterrcnn, libra_retinanet
 from balanced_learning.training.data.coco import read_split
+from balanced_learning.training.data.columns import Columns
 from balanced_learning.training.evaluation import METRICS, coco_metrics, detections_per_image, evaluate_detections
 
 LABEL_OF = {90: 2, 3: 1}
@@ -127,6 +129,15 @@ def test_any_id_will_do(coco_root, edit, backend):
     evaluation = evaluate_detections(read_split(coco_root, "train2017"), found, {0: 2, 3: 1}, backend)
     assert evaluation.metrics["AR100"] == pytest.approx(0.5)
     assert evaluation.errors["background"].count == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ground_truth_that_is_mapped_from_files_is_the_same(coco_root, tmp_path, backend):
+    split = read_split(coco_root, "train2017")
+    split.columns.write(tmp_path)
+    mapped = replace(split, columns=Columns.map(tmp_path))
+    found = {11: detections([4, 4, 34, 24])}
+    assert coco_metrics(mapped, found, LABEL_OF, backend) == coco_metrics(split, found, LABEL_OF, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

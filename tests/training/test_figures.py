@@ -84,7 +84,7 @@ def test_the_picture_of_an_evaluation_has_a_colour_for_each_outcome(dataset, tmp
     detections[18] = {
         "boxes": torch.tensor([[4.0, 4, 34, 24], [40, 2, 60, 20], [36, 26, 60, 40], [0, 30, 30, 47]]),
         "scores": torch.tensor([0.9, 0.5, 0.8, 0.2]),  # the last is not shown
-        "labels": torch.tensor([toothbrush, toothbrush, toothbrush, toothbrush]).float(),
+        "labels": torch.tensor([toothbrush] * 4).float(),
     }
 
     def colors(index) -> set[tuple[int, int, int]]:
@@ -97,6 +97,8 @@ def test_the_picture_of_an_evaluation_has_a_colour_for_each_outcome(dataset, tmp
     outcomes = {FOUND, MISSED, FALSE_ALARM, CROWD}
     assert colors(7) & outcomes == {FOUND, FALSE_ALARM, CROWD}
     assert colors(2) & outcomes == {MISSED}
+    detections[18]["labels"][1] = 77  # of a class that the data has not
+    assert colors(7) & outcomes == {FOUND, CROWD}
     assert colors(0) & outcomes == set()
 
 
@@ -176,6 +178,21 @@ def test_the_pyramid_outlines_the_ground_truth_on_image_and_levels(tmp_path, kep
         (patch,) = axis.patches
         assert patch.get_bbox().extents.tolist() == [20, 20, 60, 50]
         assert axis.images[0].get_extent() == [-0.5, 79.5, 59.5, -0.5]  # heat and image in the pixels of the boxes
+
+
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1)])
+def test_strips_make_no_endless_figures(tmp_path, size):
+    heat = torch.rand(4, 4)
+    levels = {"P2": [heat] * 3, "P3": [heat] * 3}
+    boxes = torch.tensor([[0.0, 0, 1, 1]])
+    figures.save_pyramid(tmp_path / "p.png", torch.rand(3, *size), boxes, [heat] * 2, levels, "FPN")
+    nothing = torch.zeros(1, dtype=torch.int64)
+    proposals = MatchedProposals(torch.rand(3, *size), boxes, boxes, nothing, torch.zeros(1), nothing, torch.zeros(1))
+    masks = {"all": [torch.ones(1, dtype=torch.bool)] * 3}
+    figures.save_sampled_boxes(tmp_path / "b.png", [proposals] * 3, masks, [0.0, 0.25, 0.5])
+    for name in ("p.png", "b.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert max(picture.size) < 8000
 
 
 def test_the_real_sheet(real_data, tmp_path):

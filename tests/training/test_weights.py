@@ -271,8 +271,9 @@ def bad_files(folder):
     os.mkfifo(folder / "pipe.pth")
     yield folder / "pipe.pth", "not a file but a folder, pipe or device"
     yield folder, "not a file but a folder, pipe or device"
-    yield folder / "missing.pth", "no such file, and torchvision's weights .*are .*_V1"
-    yield folder / "empty.pth" / "below.pth", "no such file"
+    yield folder / "missing.pth", r"cannot be read \(No such file or directory\); torchvision's weights .*are .*_V1"
+    yield folder / "empty.pth" / "below.pth", r"cannot be read \(Not a directory\)"
+    yield folder / ("long" * 99), r"cannot be read \(File name too long\)"
 
 
 def test_files_that_hold_no_weights_are_refused_in_a_line(own_root, tmp_path):

@@ -88,7 +88,13 @@ def _candidates(name: str, output_dir: Path) -> list[Path]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    for place, folders, files in os.walk(folder, onerror=_tell):
+    seen = set()
+    for place, folders, files in os.walk(folder, onerror=_tell, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(place, name) for name in sorted(files) if not name.startswith("."))
 

@@ -17,6 +17,7 @@ from balanced_learning.training.reporting.pictures import (
     Mark,
     as_image,
     draw_marks,
+    intersections,
     load_font,
     shorten,
 )
@@ -43,7 +44,8 @@ def save_evaluation(
     Args:
         path: the PNG to write.
         dataset: the images evaluated, without augmentation. Those with boxes go first.
-        detections: by image id, ``boxes``, ``scores`` and ``labels``. Those of a low score are left out.
+        detections: by image id, ``boxes``, ``scores`` and ``labels``, on the CPU. Those of a low score and those of
+            labels without a name are left out.
         names: of the labels.
         seed: of the choice. The same images are drawn after every epoch.
     """
@@ -95,9 +97,7 @@ def match_detections(
 
 def _lies_in_crowd(boxes: Tensor, labels: Tensor, crowds: dict[str, Tensor]) -> Tensor:
     """Whether half of a box is inside a crowd of its class. [N]"""
-    low = torch.maximum(boxes[:, None, :2], crowds["boxes"][:, :2])  # [N, C, 2]
-    high = torch.minimum(boxes[:, None, 2:], crowds["boxes"][:, 2:])
-    inside = (high - low).clamp(min=0).prod(dim=2) >= MATCH_IOU * box_area(boxes)[:, None]
+    inside = intersections(boxes, crowds["boxes"]) >= MATCH_IOU * box_area(boxes)[:, None]  # [N, C]
     return (inside & (labels[:, None] == crowds["labels"])).any(dim=1)
 
 
@@ -116,9 +116,10 @@ def _find_outcomes(
     entry = dataset.split.images[int(dataset.positions[index])]
     crowds = _crowds(dataset, entry)
     detected = detections[truth["image_id"]]
-    shown = (detected["scores"] >= SHOWN_SCORE).nonzero().flatten()
+    is_known = torch.isin(detected["labels"].long(), torch.tensor(list(names)))  # others do not count in AP either
+    shown = (is_known & (detected["scores"] >= SHOWN_SCORE)).nonzero().flatten()
     shown = shown[detected["scores"][shown].argsort(descending=True, stable=True)]
-    detected = {key: detected[key][shown].cpu() for key in ("boxes", "labels", "scores")}
+    detected = {key: detected[key][shown] for key in ("boxes", "labels", "scores")}
     hit, ignored, found = match_detections(truth, crowds, detected)
 
     def marks(boxes: dict[str, Tensor], colors: list[Color], note: str = "") -> list[Mark]:

@@ -82,11 +82,12 @@ def save_sampled_boxes(
         masks: by the name of the sampler, the negatives of each image that it chose; some of them are shown.
         bins: the edges of the bins of IoU, each of which has a colour. [K + 1]
     """
-    row_height = BOXES_WIDTH * max(each.image.shape[1] / each.image.shape[2] for each in proposals) + 0.35
+    heights = [BOXES_WIDTH * _tallness(each.image) + 0.3 for each in proposals]
     figure, axes = plt.subplots(
         len(proposals),
         len(masks),
-        figsize=(BOXES_WIDTH * len(masks) + 1, row_height * len(proposals)),
+        figsize=(BOXES_WIDTH * len(masks) + 1.2, sum(heights)),
+        height_ratios=heights,
         squeeze=False,
         layout="constrained",
     )
@@ -118,6 +119,11 @@ def save_sampled_boxes(
     plt.close(figure)
 
 
+def _tallness(image: Tensor) -> float:
+    """Height over width, bounded so that a strip makes no endless figure."""
+    return min(image.shape[-2] / image.shape[-1], 3.0)
+
+
 def _outline(axis: plt.Axes, box: list[float], color: object, width: float) -> None:
     """A box with a dark edge, to be seen on any ground."""
     x1, y1, x2, y2 = box
@@ -143,7 +149,7 @@ def save_pyramid(
     """
     rows = 1 + len(levels)
     height, width = image.shape[1:]
-    row_height = COLUMN_WIDTH * height / width + 0.35
+    row_height = COLUMN_WIDTH * _tallness(image) + 0.35
     figure, axes = plt.subplots(rows, 3, figsize=(3 * COLUMN_WIDTH + 1, rows * row_height), layout="constrained")
     axes[0, 0].imshow(image.permute(1, 2, 0).numpy())
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)  # heat in the size of the image

@@ -128,8 +128,8 @@ def place_labels(boxes: Tensor, sizes: Tensor, canvas: tuple[int, int]) -> list[
     for box, size, most in zip(boxes, sizes, torch.tensor(canvas) - sizes, strict=True):
         corners = _corners_near(box, size).clamp(min=0).minimum(most)
         spots = torch.cat([corners, corners + size], dim=1)  # [K, 4]
-        is_free = (_overlaps(spots, taken) == 0).all(dim=1)
-        hides_none = (_overlaps(spots, boxes) <= MOST_HIDDEN * box_area(boxes)).all(dim=1)
+        is_free = (intersections(spots, taken) == 0).all(dim=1)
+        hides_none = (intersections(spots, boxes) <= MOST_HIDDEN * box_area(boxes)).all(dim=1)
         rank = is_free.int() + (is_free & hides_none).int()
         best = int(rank.argmax())  # the first of them
         if most.min() < 0 or not is_free[best]:
@@ -141,7 +141,7 @@ def place_labels(boxes: Tensor, sizes: Tensor, canvas: tuple[int, int]) -> list[
     return places
 
 
-def _overlaps(first: Tensor, second: Tensor) -> Tensor:
+def intersections(first: Tensor, second: Tensor) -> Tensor:
     """The areas of the intersections of boxes. [K, 4], [P, 4] -> [K, P]"""
     low = torch.maximum(first[:, None, :2], second[:, :2])
     high = torch.minimum(first[:, None, 2:], second[:, 2:])
