@@ -63,7 +63,10 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
     train_loader, val_loader = make_loaders(config, device, train, val, labels)
     if checkpoint:
         checkpoint.check_data(train, iterations=None if config.run.test_only else len(train_loader))
-    say(f"{len(train.images)} images to train on, {len(val.images)} to evaluate, {len(labels.names)} classes")
+    num_images = len(train_loader.dataset)
+    if num_images < len(train.images):
+        say(f"{len(train.images) - num_images} images without a box to learn are left out; --keep-empty takes them")
+    say(f"{num_images} images to train on, {len(val.images)} to evaluate, {len(labels.names)} classes")
     if config.run.check_data:
         return
 

@@ -260,6 +260,16 @@ def test_images_without_boxes_are_trained_on_if_kept(tmp_path, coco_root, edit, 
     assert rows(tmp_path)[0]["loss_box_reg"] == 0
 
 
+def test_images_that_are_left_out_are_counted(coco_root, edit, train):
+    edit(lambda content: content["annotations"].pop())
+    said = train("--data-path", coco_root, *SMALL, "--check-data")
+    assert "1 images without a box to learn are left out; --keep-empty takes them" in said
+    assert "1 images to train on, 1 to evaluate" in said
+    said = train("--data-path", coco_root, *SMALL, "--check-data", "--keep-empty")
+    assert "left out;" not in said
+    assert "2 images to train on" in said
+
+
 def test_with_all_parts_off_the_model_is_torchvisions(tmp_path, coco_root, train):
     off = ["--no-sampler", "--no-pyramid", "--no-box-loss"]
     train("--data-path", coco_root, *SMALL, *off, "--output-dir", tmp_path)
