@@ -1,6 +1,7 @@
 """Small detectors that a CPU can train from scratch: Faster R-CNN and RetinaNet on a narrow ResNet of three stages."""
 
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.resnet import BasicBlock, conv1x1
 from torchvision.ops import Conv2dNormActivation, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
@@ -38,10 +40,14 @@ def small_fasterrcnn(num_classes: int, **options: Any) -> FasterRCNN:
 
 
 def small_retinanet(num_classes: int, **options: Any) -> RetinaNet:
-    """A RetinaNet with levels of strides 8 to 64 and small anchors."""
+    """A RetinaNet with levels of strides 8 to 64, small anchors and a normalized head."""
     sizes = [tuple(int(16 * 2 ** (level + third / 3)) for third in range(3)) for level in range(4)]
     backbone = _backbone(["stage2", "stage3"], LastLevelP6P7(LEVEL_CHANNELS, LEVEL_CHANNELS))
-    detector = RetinaNet(backbone, num_classes, anchor_generator=AnchorGenerator(sizes, [RATIOS] * 4), **options)
+    anchors = AnchorGenerator(sizes, [RATIOS] * 4)
+    num_anchors = anchors.num_anchors_per_location()[0]
+    norm = partial(nn.GroupNorm, 8)  # without, it hardly learns from scratch
+    head = RetinaNetHead(LEVEL_CHANNELS, num_anchors, num_classes, norm_layer=norm)
+    detector = RetinaNet(backbone, num_classes, anchor_generator=anchors, head=head, **options)
     return detector.to(memory_format=torch.channels_last)
 
 
