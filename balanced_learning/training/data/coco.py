@@ -4,6 +4,7 @@ data/annotations/instances_train2017.json    data/train2017/*.jpg
 data/annotations/instances_val2017.json      data/val2017/*.jpg
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from balanced_learning.training.data.columns import Columns
 from balanced_learning.training.data.image_check import check_images
 from balanced_learning.training.data.images import load_image
 from balanced_learning.training.data.index import LARGE, load_index, save_index
-from balanced_learning.training.data.left_out import Cause, count_in_words, find_causes
+from balanced_learning.training.data.left_out import Cause, count_in_words, find_causes, find_clipped
 from balanced_learning.training.errors import UserError, warn
 
 Entry = dict[str, Any]
@@ -63,7 +64,7 @@ class Split:
         return before[self.columns.first_boxes[1:]] > before[self.columns.first_boxes[:-1]]
 
     def truth(self, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """What can be learned of an image: boxes [n, 4] (x, y, width, height), and category ids [n]."""
+        """The objects of an image that can be learned: boxes [n, 4] (x, y, width, height), and category ids [n]."""
         rows = self.columns.boxes_of(position)
         learned = self.causes[rows] == Cause.NONE
         return self.columns.boxes[rows][learned], self.columns.category_ids[rows][learned]
@@ -102,7 +103,7 @@ def read_split(
         UserError: for whatever makes training or evaluation impossible. Boxes that are left out are only told of.
     """
     for folder in (root, root / "annotations", root / name):
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # False as well where it cannot be looked for
             raise UserError(
                 f"{folder}: no such folder; --data-path needs annotations/instances_{name}.json and {name}/ in it"
             )
@@ -120,6 +121,7 @@ def read_split(
     _check_units(columns, json_file)
     split = Split(json_file, image_dir, categories, columns, find_causes(columns, resized))
     _tell_left_out(split, trained="train" in name)
+    _tell_clipped(split)
     return split
 
 
@@ -147,6 +149,17 @@ def _tell_left_out(split: Split, trained: bool) -> None:
         f"{split.json_file}: {len(rows)} of {len(causes)} boxes are {consequence}: {count_in_words(causes)}; "
         f"the first is annotations[{split.columns.entries[first]}], bbox {_plain(split.columns.boxes[first])}"
     )
+
+
+def _tell_clipped(split: Split) -> None:
+    rows = np.flatnonzero(find_clipped(split.columns, margin=1) & (split.causes == Cause.NONE))
+    if rows.size:
+        first = rows[np.argmin(split.columns.entries[rows])]
+        warn(
+            f"{split.json_file}: {len(rows)} boxes reach more than a pixel beyond their image and are clipped; bbox is "
+            f"[x, y, width, height]; the first is annotations[{split.columns.entries[first]}], bbox "
+            f"{_plain(split.columns.boxes[first])}"
+        )
 
 
 class _Images(Sequence):

@@ -15,7 +15,16 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from balanced_learning.training.data.columns import Columns, pack
-from balanced_learning.training.data.fields import as_area, as_box, as_flag, as_id, as_size, as_text
+from balanced_learning.training.data.fields import (
+    MAX_AREA,
+    MAX_PIXELS,
+    as_area,
+    as_box,
+    as_flag,
+    as_id,
+    as_size,
+    as_text,
+)
 from balanced_learning.training.errors import UserError
 
 PIECE = 1 << 16  # entries
@@ -24,7 +33,8 @@ _NOT_COCO = "not a COCO file, which is an object with 'images', 'annotations', '
 
 
 _Id = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-_Pixels = Annotated[int, Meta(gt=0, lt=2**31)]
+_Side = Annotated[int, Meta(gt=0, lt=MAX_PIXELS)]
+_Pixels = Annotated[float, Meta(ge=-MAX_PIXELS, le=MAX_PIXELS)]
 _Text = Annotated[str, Meta(min_length=1)]
 
 
@@ -36,15 +46,15 @@ class _Category(Struct):
 class _Image(Struct, gc=False):
     id: _Id
     file_name: _Text
-    width: _Pixels | None = None
-    height: _Pixels | None = None
+    width: _Side | None = None
+    height: _Side | None = None
 
 
 class _Annotation(Struct, gc=False):
     image_id: _Id
     category_id: _Id
-    bbox: tuple[float, float, float, float]
-    area: Annotated[float, Meta(ge=0)] | None = None
+    bbox: tuple[_Pixels, _Pixels, _Pixels, _Pixels]
+    area: Annotated[float, Meta(ge=0, le=MAX_AREA)] | None = None
     iscrowd: Literal[0, 1] | bool | None = 0
 
 
@@ -106,7 +116,7 @@ def read_json(json_file: Path) -> tuple[Columns, dict[int, str]]:
         name_ends=name_ends,
         first_boxes=np.concatenate(([0], np.cumsum(np.bincount(image_of_box, minlength=len(image_ids))))),
         boxes=boxes,
-        areas=np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas),
+        areas=np.where(np.isnan(areas), boxes[:, 2:].clip(min=0).prod(axis=1), areas),
         category_ids=columns["category_id"][by_image],
         crowds=columns["iscrowd"][by_image],
         entries=by_image.astype(np.int32),
@@ -126,7 +136,7 @@ def _content(json_file: Path) -> dict[str, Any]:
     try:
         content = msgspec.json.decode(data, type=_Content)
         return {key: getattr(content, key) for key in content.__struct_fields__}
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     try:
         lenient = json.loads(bytes(data))
@@ -143,7 +153,7 @@ def _pieces(content: dict[str, Any], key: str, kind: Any, json_file: Path) -> It
     if isinstance(entries, msgspec.Raw):
         try:
             entries = msgspec.json.decode(entries, type=list[msgspec.Raw])
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             entries = None
     if not isinstance(entries, list):
         raise UserError(f"{json_file}: not a COCO file: it has no list '{key}'")
@@ -153,7 +163,12 @@ def _pieces(content: dict[str, Any], key: str, kind: Any, json_file: Path) -> It
         entries[start : start + PIECE] = [None] * len(piece)  # what has been read need not be kept
         try:
             records = decoder.decode(b"[" + b",".join(piece) + b"]")
-        except (msgspec.DecodeError, UnicodeDecodeError, TypeError):  # TypeError: they are objects already
+        except (
+            msgspec.DecodeError,
+            UnicodeDecodeError,
+            RecursionError,
+            TypeError,
+        ):  # TypeError: they are objects already
             records = [_checked(entry, kind, f"{json_file}: {key}[{i}]") for i, entry in enumerate(piece, start)]
         yield records
 
@@ -162,7 +177,7 @@ def _checked(entry: Any, kind: Any, where: str) -> Any:
     if isinstance(entry, msgspec.Raw):
         try:
             entry = json.loads(bytes(entry))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error})") from None
     if not isinstance(entry, dict):
         raise UserError(f"{where}: must be an object, got {reprlib.repr(entry)}")
@@ -171,7 +186,7 @@ def _checked(entry: Any, kind: Any, where: str) -> Any:
         try:
             values[name] = convert(entry.get(name))
         except ValueError as error:
-            label = f"{where} (id {entry['id']!r})" if "id" in entry and name != "id" else where
+            label = f"{where} (id {reprlib.repr(entry['id'])})" if "id" in entry and name != "id" else where
             raise UserError(f"{label}: '{name}' {error}, got {reprlib.repr(entry.get(name))}") from None
     return kind(**values)
 

@@ -7,6 +7,8 @@ import math
 from typing import Any
 
 _FLAGS = {"0": 0, "false": 0, "1": 1, "true": 1}
+MAX_PIXELS = 2**31  # of a coordinate
+MAX_AREA = 1e10  # in square pixels; COCO's evaluation ignores what is larger
 _EXACT = 2**53  # whole floats up to here are certain to be what was written
 
 
@@ -23,7 +25,7 @@ def as_size(value: Any) -> int | None:
     if value is None:
         return None
     number = _whole(value)
-    if number is None or not 0 < number < 2**31:
+    if number is None or not 0 < number < MAX_PIXELS:
         raise ValueError("must be a whole number of pixels")
     return number
 
@@ -44,16 +46,16 @@ def as_area(value: Any) -> float | None:
     if value is None:
         return None
     number = _finite(value)
-    if number is None or number < 0:
-        raise ValueError("must be a finite number of at least 0")
+    if number is None or not 0 <= number <= MAX_AREA:
+        raise ValueError(f"must be a finite number of at least 0 and at most {MAX_AREA:g}")
     return number
 
 
 def as_box(value: Any) -> tuple[float, float, float, float]:
-    """Four finite numbers."""
+    """Four finite numbers, none beyond ``MAX_PIXELS``."""
     numbers = [None if isinstance(x, str) else _finite(x) for x in value] if isinstance(value, list) else []
-    if len(numbers) != 4 or None in numbers:
-        raise ValueError("must be four finite numbers [x, y, width, height]")
+    if len(numbers) != 4 or not all(number is not None and abs(number) <= MAX_PIXELS for number in numbers):
+        raise ValueError("must be four finite numbers of pixels [x, y, width, height]")
     return tuple(numbers)  # type: ignore[return-value]
 
 
@@ -76,6 +78,8 @@ def _whole(value: Any) -> int | None:
 
 def _finite(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str) and "_" in value:  # which Python would take for a separator of digits
         return None
     try:
         number = float(value)

@@ -1,7 +1,9 @@
 """Looks at all images of a split before anything is done with them."""
 
+import os
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +14,7 @@ from tqdm import tqdm
 from balanced_learning.training.data.columns import Columns
 from balanced_learning.training.data.file_names import find_file, tell_found
 from balanced_learning.training.data.images import check_file
-from balanced_learning.training.errors import UserError
+from balanced_learning.training.errors import UserError, printable, warn
 
 _PIECE = 128  # images that a thread looks at before it is given more
 
@@ -60,4 +62,12 @@ def check_images(columns: Columns, json_file: Path, image_dir: Path) -> Columns:
         more = f" (and {len(faulty) - 1} more like it)" if len(faulty) > 1 else ""
         raise UserError(f"{json_file}: image {columns.image_ids[faulty[0]]}: {faults[faulty[0]]}{more}")
     tell_found(json_file, written, names)
+    _tell_repeated(names, json_file)
     return columns.with_images(names, np.array(sizes))
+
+
+def _tell_repeated(names: Sequence[str], json_file: Path) -> None:
+    """Warns of files that belong to several images, each of which takes the objects of the others for background."""
+    repeated = [name for name, count in Counter(map(os.path.normpath, names)).items() if count > 1]
+    if repeated:
+        warn(f"{json_file}: {len(repeated)} files belong to several images, such as {printable(repeated[0])}")

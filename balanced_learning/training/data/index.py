@@ -1,4 +1,4 @@
-"""What was read and checked of a large data set, kept in the cache for later starts to map into memory."""
+"""An index of what was read and checked of a large data set, kept in the cache for later starts to map into memory."""
 
 import json
 import os
@@ -20,8 +20,8 @@ def cache_folder() -> Path:
 
 def load_index(json_file: Path, image_dir: Path) -> tuple[Columns, dict[int, str]] | None:
     """The index of a data set, if there is a whole one of this very JSON."""
-    folder = _folder(json_file)
     try:
+        folder = _folder(json_file)
         header = json.loads((folder / "header.json").read_text())
         if header["of"] != _identity(json_file, image_dir):
             return None
@@ -30,7 +30,7 @@ def load_index(json_file: Path, image_dir: Path) -> tuple[Columns, dict[int, str
             return None
         categories = {int(category_id): name for category_id, name in header["categories"].items()}
         return Columns.map(folder), categories
-    except (OSError, ValueError, KeyError):
+    except (OSError, RuntimeError, ValueError, KeyError):  # RuntimeError: there is no home
         return None
 
 
@@ -62,14 +62,14 @@ def save_index(json_file: Path, image_dir: Path, columns: Columns, categories: d
 
 
 def _folder(json_file: Path) -> Path:
-    path = str(json_file.resolve())
+    path = os.path.realpath(json_file)
     return cache_folder() / f"index-{json_file.stem}-{zlib.crc32(os.fsencode(path)):08x}"
 
 
 def _identity(json_file: Path, image_dir: Path) -> list:
     """What an index belongs to: it is another data set if any of it is another."""
     stat = json_file.stat()
-    return [_VERSION, str(json_file.resolve()), str(image_dir.resolve()), stat.st_size, stat.st_mtime_ns]
+    return [_VERSION, os.path.realpath(json_file), os.path.realpath(image_dir), stat.st_size, stat.st_mtime_ns]
 
 
 def _checksums(folder: Path) -> dict[str, int]:

@@ -52,6 +52,18 @@ def find_causes(columns: Columns, resized: tuple[int, int] | None = None) -> np.
     return causes
 
 
+def find_clipped(columns: Columns, margin: float = 0) -> np.ndarray:
+    """Whether a box reaches more than ``margin`` pixels beyond its image, bool [M]."""
+    clipped = np.empty(len(columns.boxes), bool)
+    for start in range(0, len(clipped), _PART):
+        part = slice(start, start + _PART)
+        image = columns.image_of_boxes(part.start, part.stop)
+        box = columns.boxes[part]
+        sizes = np.stack([columns.widths[image], columns.heights[image]], axis=1)
+        clipped[part] = ((box[:, :2] < -margin) | (box[:, :2] + box[:, 2:] > sizes + margin)).any(axis=1)
+    return clipped
+
+
 def resize_factors(columns: Columns, min_size: int, max_size: int) -> np.ndarray:
     """What torchvision's detectors multiply the sides of each image by, float64 [N]."""
     shorter = np.minimum(columns.widths, columns.heights)

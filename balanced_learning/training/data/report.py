@@ -9,7 +9,7 @@ import numpy as np
 
 from balanced_learning.training.data.coco import Split
 from balanced_learning.training.data.image_check import for_every_image
-from balanced_learning.training.data.left_out import Cause, count_in_words
+from balanced_learning.training.data.left_out import Cause, count_in_words, find_clipped
 from balanced_learning.training.errors import UserError, printable
 
 AREA_EDGES = (32**2, 96**2)  # between small, medium and large, as in COCO's evaluation
@@ -20,12 +20,13 @@ def describe(split: Split) -> str:
     columns = split.columns
     name = split.image_dir.name
     num_empty = len(columns) - int(split.has_boxes().sum())
+    num_clipped = int((find_clipped(columns) & (split.causes == Cause.NONE)).sum())
     lines = [
         f"{name}: {len(columns)} images, {len(columns.boxes)} boxes, {len(split.categories)} categories",
         f"  sizes: {_sizes(columns.widths, columns.heights)}",
         f"  images without a box to train on: {num_empty}",
         f"  boxes left out of training: {count_in_words(split.causes) or 'none'}",
-        f"  boxes that reach beyond their image, and are clipped: {_num_clipped(split)}",
+        f"  boxes that reach beyond their image, and are clipped: {num_clipped}",
         f"  boxes that are there twice: {_num_twice(split)}",
         "",
         *_category_table(split),
@@ -43,14 +44,6 @@ def _sizes(widths: np.ndarray, heights: np.ndarray) -> str:
             f"to {heights.max()}"
         )
     return text
-
-
-def _num_clipped(split: Split) -> int:
-    columns = split.columns
-    image = columns.image_of_boxes()
-    sizes = np.stack([columns.widths, columns.heights], axis=1)[image]
-    beyond = (columns.boxes[:, :2] < 0) | (columns.boxes[:, :2] + columns.boxes[:, 2:] > sizes)
-    return int((beyond.any(axis=1) & (split.causes == Cause.NONE)).sum())
 
 
 def _num_twice(split: Split) -> int:
