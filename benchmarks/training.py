@@ -69,7 +69,7 @@ def _options(case: str) -> dict[str, list[str]]:
 
 
 def _begun(unfinished: Path, surroundings: dict) -> dict:
-    """What a stopped measurement has of the same device, versions and commit."""
+    """The results of a stopped measurement with the same device, versions and commit."""
     begun = json.loads(unfinished.read_text()) if unfinished.exists() else {}
     is_same = not surroundings["commit"].endswith("-dirty") and surroundings.items() <= begun.items()
     return surroundings | {"runs": begun["runs"] if is_same else {}}

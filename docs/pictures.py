@@ -180,7 +180,7 @@ def draw_path_aggregation() -> plt.Figure:
 
 
 def draw_detectors() -> plt.Figure:
-    """Where the parts sit in Faster R-CNN and in RetinaNet."""
+    """The places of the parts in Faster R-CNN and in RetinaNet."""
     scheme = Scheme(9.6, 3.9)
     rows = (
         (

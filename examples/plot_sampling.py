@@ -24,6 +24,7 @@ from balanced_learning.detection.imbalance import (
     negative_iou_shares,
 )
 from balanced_learning.training import randomness
+from balanced_learning.training.checkpoint import make_folder
 from balanced_learning.training.command_line import make_parser, read_command_line
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.inference import detector_and_images
@@ -47,6 +48,7 @@ def run(given: argparse.Namespace) -> None:
         raise UserError(f"--model {config.model.model}: it trains on all anchors and samples none")
     if not config.model.sampler:
         raise UserError("--no-sampler: there is no IoU-balanced sampling to draw")
+    make_folder(config.run.output_dir)
     model, dataset = detector_and_images(config, checkpoint)
     device = next(model.parameters()).device
     samples = [dataset[i] for i in range(len(dataset))]
@@ -61,7 +63,6 @@ def run(given: argparse.Namespace) -> None:
     shares = negative_iou_shares(proposals, balanced, random, edges=edges, draws=DRAWS)
     print(table(shares, edges))
     folder = config.run.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
     save_iou_shares(folder / "sampling_ious.png", shares, edges, bin_edges(balanced))
     shown = proposals[:SHOWN_IMAGES]
     masks = {

@@ -68,9 +68,9 @@ def run(options: argparse.Namespace) -> None:
         write_records(folder / "predictions.json", records)
 
     if num_unread == len(files):
-        raise UserError(f"none of the {num_unread} images could be read")
+        raise UserError(f"no image could be read, of {num_unread}")
     num_found = sum(len(record["boxes"]) for record in records)
-    print(f"{len(records)} images, {num_found} objects with a score of {options.score:g} or more")
+    print(f"images: {len(records)}; objects: {num_found} with a score of {options.score:g} or more")
     if not num_found:
         print("nothing is that sure; --score takes a lower one")
     if num_unread:

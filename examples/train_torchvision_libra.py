@@ -3,7 +3,7 @@
     python examples/train_torchvision_libra.py                          # small, on drawn shapes, minutes on a CPU
     python examples/train_torchvision_libra.py --data-path coco --check-data    # a report on the data, no training
     python examples/train_torchvision_libra.py --data-path coco         # full COCO on one GPU
-    torchrun --nproc-per-node 8 examples/train_torchvision_libra.py --data-path coco      # and on eight
+    torchrun --standalone --nproc-per-node 8 examples/train_torchvision_libra.py --data-path coco         # and on eight
     python examples/train_torchvision_libra.py --resume runs/.../checkpoint.pth           # goes on as it began
 
 The output folder gets args.json, and after every epoch checkpoint.pth, a row of metrics.jsonl, curves.png and a picture

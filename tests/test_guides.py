@@ -81,7 +81,7 @@ def test_mmdetection():
 
 
 class StandardROIHeads(nn.Module):
-    """What the guide uses of detectron2's class of this name: its settings, and the order of its calls."""
+    """The settings and the order of calls that the guide uses of detectron2's class of this name."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What torch keeps private: it is there, and without it the results stay right."""
+"""The private names of torch: they are there, and without them the results stay right."""
 
 import importlib
 import re

@@ -19,7 +19,7 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")  #
 
 @dataclass(frozen=True)
 class ErrorKind:
-    """How often an error occurs, and what it costs.
+    """The number of errors of a kind, and their cost.
 
     Attributes:
         count: how many detections, or objects that were not found.
@@ -32,7 +32,7 @@ class ErrorKind:
 
 @dataclass(frozen=True)
 class ClassResult:
-    """What was found of a class.
+    """The result of a class.
 
     Attributes:
         id: of the category.

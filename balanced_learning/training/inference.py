@@ -82,7 +82,7 @@ def predict(
 
 
 class Prediction(NamedTuple):
-    """What a detector finds in an image file, on the CPU."""
+    """The detections of an image file, on the CPU."""
 
     file: Path
     image: Image.Image  # upright

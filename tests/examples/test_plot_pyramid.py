@@ -84,8 +84,12 @@ def test_real_images(real_data, tmp_path, model):
     [
         (["--no-pyramid"], "--no-pyramid: there is no pyramid to draw"),
         (["--image", "missing.jpg"], "missing.jpg is missing"),
+        (["--image", "strip.png"], "strip.png: nothing can be drawn of 4000 x 2 pixels"),
+        (["--output-dir", "strip.png"], "--output-dir strip.png: cannot be written"),
     ],
 )
-def test_what_cannot_be_drawn_is_named(coco_root, tmp_path, options, message):
+def test_what_cannot_be_drawn_is_named(coco_root, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4000, 2)).save("strip.png")
     with pytest.raises(SystemExit, match=f"error: {message}"):
         plot_pyramid.main(["--data-path", str(coco_root), *SMALL, "--output-dir", str(tmp_path), *options])

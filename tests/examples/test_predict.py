@@ -77,7 +77,7 @@ def test_predictions_are_those_of_the_detector(run, checkpoint):
         torch.testing.assert_close(torch.tensor(each["scores"]), found["scores"][sure], rtol=1e-4, atol=1e-4)
         assert each["labels"] == [detector.categories[label] for label in found["labels"][sure].tolist()]
     assert outputs() == ["a.png", "b.png", "predictions.json"]
-    assert f"2 images, {sum(len(each['boxes']) for each in predictions)} objects with a score of " in printed
+    assert f"images: 2; objects: {sum(len(each['boxes']) for each in predictions)} with a score of " in printed
     assert not warnings
 
 
@@ -183,7 +183,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(run):
 
 def test_nothing_readable_is_an_error(error):
     Path("a.png").write_bytes(b"junk")
-    assert error("a.png") == "error: none of the 1 images could be read"
+    assert error("a.png") == "error: no image could be read, of 1"
     assert json.loads(Path("out/predictions.json").read_text()) == []
 
 

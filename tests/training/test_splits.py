@@ -1,4 +1,4 @@
-"""What both halves of the data are checked for together."""
+"""Checks of both halves of the data together."""
 
 import json
 

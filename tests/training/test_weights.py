@@ -1,4 +1,4 @@
-"""What a run starts from: bit by bit what a file or torchvision's names hold, and an error in a line otherwise."""
+"""The weights that a run starts from, bit by bit those of a file or of torchvision; otherwise an error in a line."""
 
 import json
 import os

@@ -67,7 +67,7 @@ def _folder(json_file: Path) -> Path:
 
 
 def _identity(json_file: Path, image_dir: Path) -> list:
-    """What an index belongs to: it is another data set if any of it is another."""
+    """The marks of a data set, to each of which an index belongs."""
     stat = json_file.stat()
     return [_VERSION, os.path.realpath(json_file), os.path.realpath(image_dir), stat.st_size, stat.st_mtime_ns]
 

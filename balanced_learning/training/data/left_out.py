@@ -65,7 +65,7 @@ def find_clipped(columns: Columns, margin: float = 0) -> np.ndarray:
 
 
 def resize_factors(columns: Columns, min_size: int, max_size: int) -> np.ndarray:
-    """What torchvision's detectors multiply the sides of each image by, float64 [N]."""
+    """The factor by which torchvision's detectors resize each image, float64 [N]."""
     shorter = np.minimum(columns.widths, columns.heights)
     longer = np.maximum(columns.widths, columns.heights)
     return np.minimum(min_size / shorter, max_size / longer)

@@ -160,7 +160,7 @@ def _draw_row(row: _Row) -> Image.Image:
 
 
 def _draw_header(draw: ImageDraw.ImageDraw, rows: list[_Row]) -> None:
-    """What is left and right, and what the colours mean."""
+    """A legend of both sides and of the colours."""
     font = load_font(16)
     for column, text in enumerate(("ground truth", f"detections with a score of {SHOWN_SCORE:g} or more")):
         draw.text((GAP + column * (PANEL + GAP), GAP), text, "black", load_font(18))
