@@ -6,16 +6,12 @@ import shutil
 import zlib
 from pathlib import Path
 
+from balanced_learning.training.data.cache import cache_folder
 from balanced_learning.training.data.columns import Columns
 from balanced_learning.training.errors import warn
 
 LARGE = 32 << 20  # bytes of JSON; anything smaller is read and checked anew in seconds
 _VERSION = 1
-
-
-def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME`` or ``~/.cache``, with a folder of our own."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "balanced-learning"
 
 
 def load_index(json_file: Path, image_dir: Path) -> tuple[Columns, dict[int, str]] | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from balanced_learning.training.data.cache import cache_folder
 from balanced_learning.training.errors import UserError
 
 CATEGORIES = {1: "circle", 3: "rectangle", 7: "triangle", 20: "star"}  # sparse ids, as COCO's
@@ -25,8 +26,7 @@ def shapes_dataset(*, train: int = 1280, val: int = 120, seed: int = 0) -> Path:
 
     Seed and id decide an image. Those to evaluate have the ids from 481 on, those to train on the first others.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "balanced-learning"
-    folder = cache / f"shapes-{train}-{val}-{seed}"
+    folder = cache_folder() / f"shapes-{train}-{val}-{seed}"
     if folder.is_dir():
         return folder
     print(f"drawing {train} + {val} images of shapes into {folder}")
