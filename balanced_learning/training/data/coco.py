@@ -144,22 +144,25 @@ def _tell_left_out(split: Split, trained: bool) -> None:
     if not rows.size:
         return
     consequence = "left out of training" if trained else "in AP all the same, as missed: nothing can find them"
-    first = rows[np.argmin(split.columns.entries[rows])]
     warn(
         f"{split.json_file}: {len(rows)} of {len(causes)} boxes are {consequence}: {count_in_words(causes)}; "
-        f"the first is annotations[{split.columns.entries[first]}], bbox {_plain(split.columns.boxes[first])}"
+        f"{_first(split.columns, rows)}"
     )
 
 
 def _tell_clipped(split: Split) -> None:
     rows = np.flatnonzero(find_clipped(split.columns, margin=1) & (split.causes == Cause.NONE))
     if rows.size:
-        first = rows[np.argmin(split.columns.entries[rows])]
         warn(
             f"{split.json_file}: {len(rows)} boxes reach more than a pixel beyond their image and are clipped; bbox is "
-            f"[x, y, width, height]; the first is annotations[{split.columns.entries[first]}], bbox "
-            f"{_plain(split.columns.boxes[first])}"
+            f"[x, y, width, height]; {_first(split.columns, rows)}"
         )
+
+
+def _first(columns: Columns, rows: np.ndarray) -> str:
+    """Names the first in the JSON of some boxes."""
+    first = rows[np.argmin(columns.entries[rows])]
+    return f"the first is annotations[{columns.entries[first]}], bbox {_plain(columns.boxes[first])}"
 
 
 class _Images(Sequence):

@@ -28,6 +28,7 @@ from balanced_learning.training.data.fields import (
 from balanced_learning.training.errors import UserError
 
 PIECE = 1 << 16  # entries
+_UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NOT_COCO = "not a COCO file, which is an object with 'images', 'annotations', 'categories'"
 
@@ -136,7 +137,7 @@ def _content(json_file: Path) -> dict[str, Any]:
     try:
         content = msgspec.json.decode(data, type=_Content)
         return {key: getattr(content, key) for key in content.__struct_fields__}
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except _UNDECODABLE:
         pass
     try:
         lenient = json.loads(bytes(data))
@@ -163,12 +164,7 @@ def _pieces(content: dict[str, Any], key: str, kind: Any, json_file: Path) -> It
         entries[start : start + PIECE] = [None] * len(piece)  # what has been read need not be kept
         try:
             records = decoder.decode(b"[" + b",".join(piece) + b"]")
-        except (
-            msgspec.DecodeError,
-            UnicodeDecodeError,
-            RecursionError,
-            TypeError,
-        ):  # TypeError: they are objects already
+        except (*_UNDECODABLE, TypeError):  # TypeError: they are objects already
             records = [_checked(entry, kind, f"{json_file}: {key}[{i}]") for i, entry in enumerate(piece, start)]
         yield records
 

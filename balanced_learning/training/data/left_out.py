@@ -1,5 +1,6 @@
 """The boxes of a data set that no detector can be trained on, by cause."""
 
+from collections.abc import Iterator
 from enum import IntEnum
 
 import numpy as np
@@ -36,11 +37,7 @@ def find_causes(columns: Columns, resized: tuple[int, int] | None = None) -> np.
     """
     causes = np.empty(len(columns.boxes), np.uint8)
     scales = np.ones(len(columns)) if resized is None else np.minimum(1, resize_factors(columns, *resized))
-    for start in range(0, len(causes), _PART):
-        part = slice(start, start + _PART)
-        image = columns.image_of_boxes(part.start, part.stop)
-        box = columns.boxes[part]
-        sizes = np.stack([columns.widths[image], columns.heights[image]], axis=1)
+    for part, box, image, sizes in _parts(columns):
         inside = np.minimum(box[:, :2] + box[:, 2:], sizes) - np.maximum(box[:, :2], 0)
         conditions = {
             Cause.CROWD: columns.crowds[part],
@@ -55,13 +52,17 @@ def find_causes(columns: Columns, resized: tuple[int, int] | None = None) -> np.
 def find_clipped(columns: Columns, margin: float = 0) -> np.ndarray:
     """Whether a box reaches more than ``margin`` pixels beyond its image, bool [M]."""
     clipped = np.empty(len(columns.boxes), bool)
-    for start in range(0, len(clipped), _PART):
-        part = slice(start, start + _PART)
-        image = columns.image_of_boxes(part.start, part.stop)
-        box = columns.boxes[part]
-        sizes = np.stack([columns.widths[image], columns.heights[image]], axis=1)
+    for part, box, _, sizes in _parts(columns):
         clipped[part] = ((box[:, :2] < -margin) | (box[:, :2] + box[:, 2:] > sizes + margin)).any(axis=1)
     return clipped
+
+
+def _parts(columns: Columns) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
+    """The rows of some boxes at a time, the boxes, the positions of their images, and the sizes of these [P, 2]."""
+    for start in range(0, len(columns.boxes), _PART):
+        part = slice(start, start + _PART)
+        image = columns.image_of_boxes(part.start, part.stop)
+        yield part, columns.boxes[part], image, np.stack([columns.widths[image], columns.heights[image]], axis=1)
 
 
 def resize_factors(columns: Columns, min_size: int, max_size: int) -> np.ndarray:
