@@ -180,8 +180,8 @@ class RunConfig:
     output_dir: Path = _setting(None, "default: a new folder in runs/, or that of --resume", type=Path)
     resume: Path | None = _setting(
         None,
-        "checkpoint to continue from, or with --test-only to evaluate; its settings replace the defaults. auto: that of "
-        "--output-dir, if there is one",
+        "checkpoint to continue from, or with --test-only to evaluate; its settings replace the defaults. auto: that "
+        "of --output-dir, if there is one",
         type=Path,
         metavar="FILE|auto",
     )
@@ -239,6 +239,11 @@ class Config:
     def plain(self) -> dict[str, Any]:
         """As :meth:`values`, of types that JSON and ``torch.load(weights_only=True)`` have."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in self.values().items()}
+
+
+def images_per_step(config: Config) -> int:
+    """The images of one step of the optimizer, of all processes together."""
+    return config.training.batch_size * config.training.accumulation_steps * distributed.announced_world_size()
 
 
 def setting_fields() -> dict[str, Any]:
