@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from balanced_learning.training import distributed, randomness
 from balanced_learning.training.config import Config
 from balanced_learning.training.data.batching import DetectionLoader
-from balanced_learning.training.errors import UserError
+from balanced_learning.training.errors import UserError, warn
 from balanced_learning.training.optimization import Precision, update
 from balanced_learning.training.reporting.progress import Progress
 
@@ -41,21 +41,24 @@ def train_one_epoch(
     start, num_images = time.perf_counter(), 0
     total: dict[str, Tensor] = {}
     batches = progress.over(loader, status=lambda: _status(total, optimizer))
-    for step, (images, targets) in enumerate(batches):
-        randomness.seed_all(config.training.seed, "step", epoch, step, distributed.rank())
-        images = [image.to(precision.device, non_blocking=True) for image in images]
+    for batch in batches:
+        for line in batch.replaced:
+            warn(line)
+        randomness.seed_all(config.training.seed, "step", epoch, batch.step, distributed.rank())
+        images = [image.to(precision.device, non_blocking=True) for image in batch.images]
         targets = [
             {k: v.to(precision.device, non_blocking=True) for k, v in target.items() if isinstance(v, Tensor)}
-            for target in targets
+            for target in batch.targets
         ]
         with precision():
             losses = _losses(model, images, targets)
         losses["loss"] = sum(losses.values())
         lr = optimizer.param_groups[0]["lr"]
-        update(losses["loss"], model, optimizer, scheduler, precision, config.training.clip_grad_norm)
+        weight = 0.0 if batch.is_filler else len(images) * distributed.world_size() / batch.of
+        update(losses["loss"] * weight, model, optimizer, scheduler, precision, config.training.clip_grad_norm)
         for name, value in [*losses.items(), ("batches", losses["loss"].new_ones(()))]:
-            total[name] = total.get(name, 0) + value.detach()
-        num_images += len(images)
+            total[name] = total.get(name, 0) + value.detach() * weight
+        num_images += 0 if batch.is_filler else len(images)
 
     means = _means(total)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
