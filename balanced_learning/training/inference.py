@@ -17,7 +17,7 @@ from balanced_learning.training.data.dataset import DetectionDataset
 from balanced_learning.training.data.image_files import ImageFiles
 from balanced_learning.training.data.labels import class_name
 from balanced_learning.training.data.splits import read_splits
-from balanced_learning.training.errors import UserError, printable
+from balanced_learning.training.errors import UserError, printable, warn
 from balanced_learning.training.model import make_model
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.reporting.progress import Progress
@@ -73,10 +73,14 @@ def predict(
     model.eval()
     progress = Progress("evaluation", print_freq, is_main=distributed.is_main())
     detections = {}
-    for images, targets in progress.over(loader, status=lambda: ""):
+    for batch in progress.over(loader, status=lambda: ""):
+        for line in batch.replaced:
+            warn(line)
+        if not batch.images:
+            continue
         with precision():
-            outputs = model([image.to(precision.device) for image in images])
-        for target, output in zip(targets, outputs, strict=True):
+            outputs = model([image.to(precision.device) for image in batch.images])
+        for target, output in zip(batch.targets, outputs, strict=True):
             detections[target["image_id"]] = {name: value.float().cpu() for name, value in output.items()}
     return distributed.union_over_processes(detections)
 
