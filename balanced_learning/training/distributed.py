@@ -86,3 +86,11 @@ def union_over_processes(values: dict[Any, Any]) -> dict[Any, Any]:
     gathered: list[dict] = [{}] * world_size()
     dist.all_gather_object(gathered, values)
     return {key: value for part in gathered for key, value in part.items()}
+
+
+def from_main(value: Any) -> Any:
+    """The value of the main process, on every process."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
