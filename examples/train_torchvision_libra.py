@@ -28,6 +28,7 @@ from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.data.splits import read_splits
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.evaluation import detections_per_image, evaluate_detections
+from balanced_learning.training.files import write_text
 from balanced_learning.training.inference import predict
 from balanced_learning.training.loop import train_one_epoch
 from balanced_learning.training.model import make_model
@@ -134,7 +135,7 @@ def evaluate(
     is_last = name in ("test", f"{config.training.epochs - 1:02}")
     print(report(evaluation) if is_last else summary(evaluation))
     file = config.run.output_dir / f"evaluation_{name}.json"
-    file.write_text(json.dumps(evaluation.plain(), indent=2) + "\n")
+    write_text(file, json.dumps(evaluation.plain(), indent=2) + "\n")
     save_evaluation(file.with_suffix(".png"), val_loader.dataset, detections, labels.names, config.training.seed)
     return evaluation.row()
 
