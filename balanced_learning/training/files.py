@@ -34,7 +34,7 @@ def write_whole(path: Path, write: Write, *, previous: Path | None = None) -> No
     """
     unfinished = _unfinished(path)
     try:
-        unfinished.unlink(missing_ok=True)
+        _remove(unfinished)
         written = write_new(unfinished, write)
         if not os.path.samestat(written, unfinished.lstat()):
             raise OSError("another program writes it, too")
@@ -90,7 +90,7 @@ def keep_previous(path: Path, previous: Path) -> None:
         OSError: if that fails.
     """
     link = _unfinished(previous)
-    link.unlink(missing_ok=True)
+    _remove(link)
     try:
         if os.path.samestat(path.lstat(), previous.lstat()):
             return
@@ -172,6 +172,16 @@ def sync_folder(folder: Path) -> None:
 
 def _unfinished(path: Path) -> Path:
     return path.with_name(f"{path.name[:60]}.unfinished")  # a longer name could be too long with its ending
+
+
+def _remove(unfinished: Path) -> None:
+    """Removes what a killed program left."""
+    try:
+        unfinished.unlink(missing_ok=True)
+    except OSError:
+        if unfinished.is_dir():
+            raise OSError(f"{unfinished.name} is a folder in its way") from None
+        raise
 
 
 class _RawFile(io.FileIO):
