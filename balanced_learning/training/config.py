@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from balanced_learning.training import distributed
+
 PAPER_IMAGES = 16  # images an iteration, to which the paper's learning rates belong
 PAPER_LR = {"libra_fasterrcnn": 0.02, "libra_retinanet": 0.01}
 

@@ -125,7 +125,9 @@ def replay(checkpoint: Checkpoint, model: nn.Module, precision: Precision) -> st
         precision.scaler.scale(torch.stack(list(losses.values())).sum()).backward()
         lines += [f"the first gradient that is not finite is that of {name}" for name in bad_gradients(model)[:1]]
     if not any("not finite" in line for line in lines[1:]):
-        lines.append("all numbers are finite here: other threads, kernels or versions than then, or float16 as it should")
+        lines.append(
+            "all numbers are finite here: other threads, kernels or versions than then, or float16 as it should"
+        )
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from balanced_learning.training import distributed
+from balanced_learning.training.config import images_per_step
 from balanced_learning.training.data.batching import DetectionLoader
 from balanced_learning.training.errors import SharedError, warn
 from balanced_learning.training.faults import Fault
@@ -24,7 +25,9 @@ class Loop:
     steps that were left out, and counts them; all processes do so at the same batch.
     """
 
-    def __init__(self, run: Run, train_loader: DetectionLoader, val_loader: DetectionLoader, signals: StopSignals) -> None:
+    def __init__(
+        self, run: Run, train_loader: DetectionLoader, val_loader: DetectionLoader, signals: StopSignals
+    ) -> None:
         self.run = run
         self.train_loader = train_loader
         self.val_loader = val_loader
@@ -48,7 +51,8 @@ class Loop:
         self.train_loader.set_epoch(run.epoch, run.step)
         progress = Progress(f"epoch {run.epoch}", run.config.run.print_freq, is_main=distributed.is_main())
         with closing(iter(self.train_loader)) as batches:
-            for batch in progress.over(batches, run.iterations, self._status, done=run.step):
+            images = images_per_step(run.config)
+            for batch in progress.over(batches, run.iterations, self._status, done=run.step, images=images):
                 self._report(self.stepper(batch))
                 is_save_due = self._hear(self._ask(batch.replaced, save=self._is_late()))
                 every = run.config.run.checkpoint_steps

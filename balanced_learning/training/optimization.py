@@ -31,7 +31,9 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # for schedules that begin in the middle
         for parameter in group["params"]:
-            if config.opt != "adamw" and config.momentum:  # else what a first step that is left out leaves behind is chance
+            if (
+                config.opt != "adamw" and config.momentum
+            ):  # else what a first step that is left out leaves behind is chance
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 

@@ -24,8 +24,7 @@ class _Step:
     epoch: int
     step: int
     batch: Batch
-    names: list[str]  # of the losses, once for each part of the batch
-    images: list[int]  # of the part that each of them is from
+    names: list[tuple[str, int]]  # of the losses, with the images of the part of the batch that they are from
     values: Tensor  # the losses, the norm of the gradients, and the scale of the loss
     copied: Any  # the event after which the values are on the host
     statistics: list[Tensor]  # of batch norm, before the step
@@ -119,7 +118,9 @@ class Stepper:
         statistics: list[Tensor],
     ) -> None:
         scale = self.run.precision.scaler.scale(torch.ones_like(norm))
-        values = torch.stack([value.float() for part in losses for value in part.values()] + [norm.float(), scale.float()])
+        values = torch.stack(
+            [value.float() for part in losses for value in part.values()] + [norm.float(), scale.float()]
+        )
         weights = [0 if batch.is_filler else len(part.images) for part in parts]
         names = [(name, images) for part, images in zip(losses, weights, strict=True) for name in part]
         on_host = values.to("cpu", non_blocking=True)
@@ -143,7 +144,9 @@ class Stepper:
         sums = self.run.sums
         for (name, images), value in zip(last.names, losses, strict=True):
             sums[name] = sums.get(name, 0.0) + images * value
-        sums["images"] = sums.get("images", 0.0) + sum(images for name, images in last.names if name == last.names[0][0])
+        sums["images"] = sums.get("images", 0.0) + sum(
+            images for name, images in last.names if name == last.names[0][0]
+        )
         if self.run.ema is not None and math.isfinite(norm):
             self.run.ema.update_parameters(self.run.model)
         return None

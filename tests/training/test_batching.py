@@ -1,13 +1,10 @@
 """The order of an epoch, its shares, and what is loaded of them."""
 
-from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from balanced_learning.training.data.batching import AspectRatioBatchSampler, OneByOne, Share
+from balanced_learning.training.data.batching import AspectRatioBatchSampler
 
 RATIOS = [0.4, 0.75, 1.0, 1.33, 1.78, 2.5] * 9
 
@@ -22,7 +19,9 @@ def batches_of(*args, **options):
 
 def processes(ratios, images_per_step, world_size, **options):
     """The steps of an epoch, each with the share of every process."""
-    shares = [list(sampler(ratios, images_per_step, rank=r, world_size=world_size, **options)) for r in range(world_size)]
+    shares = [
+        list(sampler(ratios, images_per_step, rank=r, world_size=world_size, **options)) for r in range(world_size)
+    ]
     return list(zip(*shares, strict=True))
 
 

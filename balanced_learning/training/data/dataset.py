@@ -58,6 +58,23 @@ class Batch(NamedTuple):
     replaced: list[str]
     step: int
 
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on a device."""
+
+        def moved(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        targets = [{name: moved(value) for name, value in target.items()} for target in self.targets]
+        return self._replace(images=[moved(image) for image in self.images], targets=targets)
+
+    def parts(self, size: int) -> list["Batch"]:
+        """Batches of so many of the images, the last of those that are left."""
+        starts = range(0, len(self.images), size)
+        return [self._replace(images=self.images[i : i + size], targets=self.targets[i : i + size]) for i in starts]
+
+    def image_ids(self) -> list[int]:
+        return [target["image_id"] for target in self.targets]
+
 
 class DetectionDataset(Dataset):
     """Images in [0, 1] with ``boxes`` (xyxy in pixels), ``labels`` and ``image_id``.

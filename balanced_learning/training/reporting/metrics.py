@@ -26,14 +26,6 @@ def write_config(path: Path, config: Config) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
-def write_row(path: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Appends the row of an epoch, in place of one of the same or a later epoch, and returns all rows."""
-    rows = [r for r in read_rows(path) if r["epoch"] < row["epoch"]]
-    rows.append(row)
-    write_rows(path, rows)
-    return rows
-
-
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes the rows of all epochs."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -66,15 +58,3 @@ def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
         shown = printable(line[:60].decode(errors="replace"))
         raise UserError(f"{printable(path)}: line {number} is not the row of an epoch: {shown}")
     return row
-
-
-def continue_rows(path: Path, before: Path, epoch: int) -> None:
-    """Begins the rows of a run that goes on in another folder with those of ``before``, up to the epoch."""
-    if path != before and not path.exists():
-        write_rows(path, [row for row in read_rows(before) if row["epoch"] <= epoch])
-
-
-def is_best(rows: list[dict[str, Any]]) -> bool:
-    """Whether the last of the rows has a higher AP than all before it."""
-    *before, last = [row.get("AP") for row in rows]
-    return last is not None and all(ap is None or ap < last for ap in before)
