@@ -21,7 +21,7 @@ except ImportError:  # Windows
 from balanced_learning.training import distributed, files
 from balanced_learning.training.checkpoint import Checkpoint
 from balanced_learning.training.config import Config
-from balanced_learning.training.errors import UserError, warn
+from balanced_learning.training.errors import SharedError, UserError, printable, warn
 
 LOCK = ".lock"
 CHECKPOINTS = "checkpoint.pth", "checkpoint_previous.pth"
@@ -38,20 +38,18 @@ def run_folder(config: Config, checkpoint: Checkpoint | None) -> Iterator[Config
     named, and holds its lock; a run that only evaluates may share the folder with one that trains.
 
     Raises:
-        UserError: in the main process, if that fails. The others then end without a word.
+        SharedError: if that fails.
     """
     with ExitStack() as stack:
-        outcome: Path | UserError | None = None
+        folder, error = None, None
         if distributed.is_main():
             try:
-                outcome = _take(config, checkpoint, stack)
-            except UserError as error:
-                outcome = error
-        folder = distributed.from_main(outcome if isinstance(outcome, Path) else None)
-        if isinstance(outcome, UserError):
-            raise outcome
-        if folder is None:
-            raise SystemExit(1)  # the main process says why
+                folder = _take(config, checkpoint, stack)
+            except UserError as reason:
+                error = str(reason)
+        folder, error = distributed.from_main((folder, error))
+        if error:
+            raise SharedError(error)
         yield replace(config, run=replace(config.run, output_dir=folder))
 
 
@@ -198,7 +196,7 @@ def _lock(descriptor: int, folder: Path) -> bool:
 def _owner(descriptor: int) -> str:
     try:
         owner: dict[str, Any] = json.loads(os.read(descriptor, 1000))
-        return f"process {int(owner['pid'])} on {owner['host']!s:.100} since {owner['since']!s:.30}"
+        return printable(f"process {int(owner['pid'])} on {owner['host']!s:.100} since {owner['since']!s:.30}")
     except (KeyError, OSError, TypeError, ValueError):
         return "which has not said who it is"
 
