@@ -106,19 +106,6 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"--output-dir {folder}: cannot be written ({files.reason_of(error)})") from None
 
 
-def prepare_folder(config: Config, checkpoint: Checkpoint | None) -> None:
-    """Makes the output folder, in the main process.
-
-    Raises:
-        UserError: if it cannot be written, or :func:`check_folder` refuses it.
-    """
-    if not distributed.is_main():
-        return
-    make_folder(config.run.output_dir)
-    if not config.run.test_only:
-        check_folder(config.run.output_dir, checkpoint)
-
-
 def check_folder(folder: Path, checkpoint: Checkpoint | None) -> None:
     """Keeps a run from writing over the work of another one, or over its own.
 
@@ -140,7 +127,11 @@ def _is_later(existing: Path, checkpoint: Checkpoint) -> bool:
     except UserError as error:
         warn(f"{error}; the run goes on from {checkpoint.path}")
         return False
-    return found.epoch > checkpoint.epoch
+    return _place(found) > _place(checkpoint)
+
+
+def _place(checkpoint: Checkpoint) -> tuple[int, int]:
+    return checkpoint.position.epoch, checkpoint.position.step
 
 
 @contextmanager

@@ -4,9 +4,11 @@ import os
 import signal
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -14,7 +16,14 @@ import torch.distributed as dist
 from balanced_learning.training import output_folder
 from balanced_learning.training.config import Config
 from balanced_learning.training.errors import SharedError, UserError
-from balanced_learning.training.output_folder import find_folder, locked, make_folder, new_folder, run_folder
+from balanced_learning.training.output_folder import (
+    check_folder,
+    find_folder,
+    locked,
+    make_folder,
+    new_folder,
+    run_folder,
+)
 from tests.training.disks import NO_ROOM, fill, make_read_only
 
 fork = multiprocessing.get_context("fork")
@@ -242,6 +251,39 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path, name):
         run_folder(config_in(tmp_path), None).__enter__()
     with run_folder(config_in(tmp_path, test_only=True), None), run_folder(config_in(tmp_path / "new"), None):
         pass
+
+
+def checkpoint_at(path: Path, epoch: int, step: int) -> Any:
+    return SimpleNamespace(path=path, position=SimpleNamespace(epoch=epoch, step=step))
+
+
+@pytest.mark.parametrize(
+    ("name", "position", "is_refused"),
+    [
+        ("checkpoint.pth", (0, 0), False),  # the very one, whatever it holds
+        ("checkpoint_best.pth", (2, 5), False),
+        ("checkpoint_best.pth", (3, 0), False),
+        ("checkpoint_best.pth", (2, 4), True),
+        ("checkpoint_previous.pth", (1, 9), True),
+        ("../other/checkpoint.pth", (9, 9), True),
+        ("link/checkpoint_best.pth", (3, 0), False),
+    ],
+)
+def test_a_run_goes_on_in_its_folder_from_its_last_checkpoint(tmp_path, monkeypatch, name, position, is_refused):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "link").symlink_to(folder)
+    (folder / "checkpoint.pth").touch()
+    monkeypatch.setattr(output_folder.Checkpoint, "load", lambda path: checkpoint_at(path, 2, 5))
+    refused = pytest.raises(UserError, match=r"(is a later one|holds checkpoint\.pth)") if is_refused else nullcontext()
+    with refused:
+        check_folder(folder, checkpoint_at(folder / name, *position))
+
+
+def test_a_damaged_last_checkpoint_is_gone_on_from_the_one_before(tmp_path, capsys):
+    (tmp_path / "checkpoint.pth").write_bytes(b"damaged")
+    check_folder(tmp_path, checkpoint_at(tmp_path / "checkpoint_previous.pth", 1, 3))
+    assert f"the run goes on from {tmp_path}/checkpoint_previous.pth" in capsys.readouterr().err
 
 
 def join_and_enter(rank: int, store: Path, folder: Path | None, results) -> None:
