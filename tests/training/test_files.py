@@ -169,9 +169,18 @@ def test_a_full_disk_is_named_whatever_library_writes(small_disk, write, tmp_pat
     assert path.read_bytes() == (tmp_path / "file").read_bytes()
 
 
-def test_a_disk_that_is_full_in_the_middle_is_named(small_disk):
+@pytest.mark.parametrize(
+    "write",
+    [
+        partial(torch.save, [torch.zeros(10_000) for _ in range(200)]),
+        lambda file: np.save(file, np.zeros(1 << 20)),
+        lambda file: Image.effect_noise((3000, 3000), 99).save(file, "JPEG", quality=100),
+    ],
+    ids=["torch", "numpy", "jpeg"],
+)
+def test_a_disk_that_is_full_in_the_middle_is_named(small_disk, write):
     with pytest.raises(UserError, match=NO_ROOM):
-        write_whole(small_disk / "file", lambda file: torch.save([torch.zeros(10_000) for _ in range(200)], file))
+        write_whole(small_disk / "file", write)
     assert names(small_disk) == []
 
 
