@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from balanced_learning.training import distributed
-from balanced_learning.training.checkpoint import Checkpoint, prepare_folder, save
+from balanced_learning.training.checkpoint import Checkpoint, Position, prepare_folder, save
 from balanced_learning.training.command_line import lr_note, make_parser, read_command_line
 from balanced_learning.training.config import Config
 from balanced_learning.training.data.batching import DetectionLoader, make_loaders
@@ -62,7 +62,12 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
     labels = choose_labels(config, train, checkpoint)
     train_loader, val_loader = make_loaders(config, device, train, val, labels)
     if checkpoint:
-        checkpoint.check_data(train, iterations=None if config.run.test_only else len(train_loader))
+        checkpoint.check_data(
+            train,
+            iterations=None if config.run.test_only else len(train_loader),
+            batch_size=config.training.batch_size,
+            processes=distributed.world_size(),
+        )
     num_images = len(train_loader.dataset)
     if num_images < len(train.images):
         say(f"{len(train.images) - num_images} images without a box to learn are left out; --keep-empty takes them")
@@ -86,10 +91,10 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
     folder = config.run.output_dir
     if checkpoint:
         checkpoint.restore({name: part for name, part in parts.items() if name != "model"})  # which has its weights
-        first_epoch = checkpoint.epoch + 1
-        say(f"continuing from {checkpoint.path}, after epoch {checkpoint.epoch}, to {config.training.epochs} epochs")
+        first_epoch = checkpoint.position.epoch
+        say(f"continuing from {checkpoint.path}, at epoch {first_epoch}, to {config.training.epochs} epochs")
         if is_main:
-            continue_rows(folder / "metrics.jsonl", checkpoint.path.with_name("metrics.jsonl"), checkpoint.epoch)
+            continue_rows(folder / "metrics.jsonl", checkpoint.path.with_name("metrics.jsonl"), first_epoch - 1)
     tensorboard = TensorBoard(folder, model) if config.run.tensorboard and is_main else None
     if is_main:
         write_config(folder / "args.json", config)
@@ -98,7 +103,9 @@ def run(config: Config, checkpoint: Checkpoint | None) -> None:
     for epoch in range(first_epoch, config.training.epochs):
         row: dict[str, Any] = {"epoch": epoch}
         row |= train_one_epoch(parallel, optimizer, scheduler, train_loader, precision, config, epoch)
-        state: dict[str, Any] = {"config": config, "labels": labels, "epoch": epoch, "iterations": len(train_loader)}
+        images_per_step = config.training.batch_size * distributed.world_size()
+        position = Position(epoch + 1, 0, len(train_loader), images_per_step, [], [])
+        state: dict[str, Any] = {"config": config, "labels": labels, "position": position}
         if is_main:
             save(folder / "checkpoint.pth", parts, **state)
             write_row(folder / "metrics.jsonl", row)

@@ -146,7 +146,7 @@ def _frozen(value: Any) -> Any:
 def _read_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise UserError(f"--resume {path}: no such file")
-    return Checkpoint.load(path)
+    return Checkpoint.to_continue(path)
 
 
 def _check_agreement(chosen: dict[str, Any], checkpoint: Checkpoint, trains: bool) -> None:
@@ -154,7 +154,7 @@ def _check_agreement(chosen: dict[str, Any], checkpoint: Checkpoint, trains: boo
     before = checkpoint.config.values()
     binding = {MODEL, COURSE} if trains else {MODEL}
     if trains and chosen.get("start_epoch", 0):
-        raise UserError(f"--start-epoch {chosen['start_epoch']}: --resume goes on after epoch {checkpoint.epoch}")
+        raise UserError(f"--start-epoch {chosen['start_epoch']}: --resume goes on in epoch {checkpoint.position.epoch}")
     for name, value in chosen.items():
         setting = setting_fields()[name]
         is_schedule = trains and name == "epochs" and before["lr_scheduler"] == "cosineannealinglr"
