@@ -11,13 +11,12 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from balanced_learning import backend_info
-from balanced_learning.training import distributed
-from balanced_learning.training.config import Config, setting_fields
+from balanced_learning.training.config import Config, images_per_step, setting_fields
 from balanced_learning.training.data.coco import Split
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError, printable, shown, warn
 from balanced_learning.training.files import write_whole
-from balanced_learning.training.restoring import check_tensors, load_state
+from balanced_learning.training.restoring import check_tensors, is_plain, load_state
 from balanced_learning.training.state_dicts import read_tensors
 
 NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"  # the last two of a run, in its folder
@@ -35,8 +34,10 @@ class Position:
         step: steps of the optimizer done in it, from 0 to ``iterations``; if all are, its evaluation is due.
         iterations: steps of an epoch.
         images_per_step: of all processes together.
-        sums: the epoch's sums so far of each process.
+        sums: the epoch's sums so far of each process: of the losses over its images, and ``images``, their number.
         history: the rows of ``metrics.jsonl`` of the epochs before.
+        skipped_steps: those of the epoch that were left out.
+        seconds: that the epoch has taken.
 
     Raises:
         ValueError: for what no run can have come to; names the attribute.
@@ -48,19 +49,26 @@ class Position:
     images_per_step: int
     sums: list[dict[str, float]]
     history: list[Row]
+    skipped_steps: int = 0
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        lowest = {"epoch": 0, "step": 0, "iterations": 1, "images_per_step": 1}
+        lowest = {"epoch": 0, "step": 0, "iterations": 1, "images_per_step": 1, "skipped_steps": 0}
         for name, low in lowest.items():
             value = getattr(self, name)
             if type(value) is not int or not low <= value < 2**63:
                 raise ValueError(f"{name} must be a whole number of at least {low}, got {shown(value)}")
         if self.step > self.iterations:
             raise ValueError(f"step must be at most the {self.iterations} of an epoch, got {self.step}")
+        if type(self.seconds) is not float or not 0 <= self.seconds < math.inf:
+            raise ValueError(f"seconds must be a number of at least 0, got {shown(self.seconds)}")
         _check_rows("sums", self.sums, (float,))
         _check_rows("history", self.history, (float, int, type(None)))
         if self.step and not 1 <= len(self.sums) <= self.images_per_step:
             raise ValueError(f"sums must be those of 1 to {self.images_per_step} processes, got {len(self.sums)}")
+        for row in self.sums:
+            if row and not 0 <= row.get("images", -1) < math.inf:
+                raise ValueError(f"sums must tell of images, got {shown(row)}")
         epochs = [row.get("epoch") for row in self.history]
         if epochs != list(range(self.epoch - len(epochs), self.epoch)) or len(epochs) > self.epoch:
             raise ValueError(f"history must be of the epochs up to {self.epoch - 1}, got {shown(epochs)}")
@@ -92,6 +100,7 @@ class Checkpoint:
         position: how far it is.
         norm_eps: epsilon of the model's frozen batch norm, which follows from the weights that it started from.
         states: by name, the state of the model, the optimizer, ..., until they are restored.
+        fault: of a step that was left out, what it takes to repeat it.
     """
 
     path: Path
@@ -100,6 +109,7 @@ class Checkpoint:
     position: Position
     norm_eps: float
     states: dict[str, Any]
+    fault: dict[str, Any] | None = None
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
@@ -173,10 +183,12 @@ class Checkpoint:
             sizes = [tensor.shape[0] for tensor in content["model"].values() if tensor.dim()]
             if not any(size and size % labels.num_classes == 0 for size in sizes):
                 raise ValueError(f"num_classes is {labels.num_classes}, and its model has no output of as many")
+            if "fault" in content:
+                _check_fault(content["fault"], labels.num_classes)
         except ValueError as error:
             raise UserError(f"{source}: cannot be read: its {error}") from None
         states = {name: state for name, state in content.items() if name not in _ABOUT}
-        return cls(path, config, labels, position, norm_eps, states)
+        return cls(path, config, labels, position, norm_eps, states, states.pop("fault", None))
 
     def restore(self, parts: dict[str, Any]) -> None:
         """Loads the states of the parts by their names, and lets go of them.
@@ -194,36 +206,24 @@ class Checkpoint:
                     f"{printable(self.path)}: does not fit the {name} that its own settings make: {error}"
                 ) from None
 
-    def check_data(
-        self,
-        split: Split,
-        iterations: int | None,
-        *,
-        batch_size: int = 1,
-        accumulation_steps: int = 1,
-        processes: int = 1,
-    ) -> None:
+    def check_data(self, split: Split, config: Config | None = None, iterations: int | None = None) -> None:
         """Compares the data of the run with those of another one, and how they are batched.
 
         Args:
             split: the images to train on.
-            iterations: of an epoch; ``None`` where nothing is trained.
-            batch_size: images of a process at a time.
-            accumulation_steps: times that it takes as many before a step.
-            processes: how many there are.
+            config: the settings of the other run, if it trains.
+            iterations: of an epoch of it.
 
         Raises:
             UserError: if the categories, the images of a step or the iterations are not the same.
         """
         self.labels.check(split, printable(self.path))
-        if iterations is None:
+        if config is None or config.run.test_only:
             return
-        images = batch_size * accumulation_steps * processes
-        if images != self.position.images_per_step:
+        wanted, images = self.position.images_per_step, images_per_step(config)
+        if images != wanted:
             raise UserError(
-                f"{printable(self.path)}: made with {self.position.images_per_step} images a step; here "
-                f"{_in_words(batch_size, accumulation_steps, processes)} make {images}: "
-                f"{_what_fits(self.position.images_per_step, batch_size, accumulation_steps, processes)}"
+                f"{printable(self.path)}: made with {wanted} images a step; here {_what_fits(wanted, images, config)}"
             )
         if iterations != self.position.iterations:
             raise UserError(
@@ -239,7 +239,8 @@ def save(
     config: Config,
     labels: Labels,
     position: Position,
-    keep_previous: bool = False,
+    fault: dict[str, Any] | None = None,
+    previous: Path | None = None,
 ) -> None:
     """Writes a checkpoint, whole or not at all.
 
@@ -247,7 +248,8 @@ def save(
         path: of the checkpoint.
         parts: by name, what has a ``state_dict``: a model, an optimizer, ...
         config, labels, position: see :class:`Checkpoint`.
-        keep_previous: also keep the one that it replaces, as ``checkpoint_previous.pth``.
+        fault: its entry, by name.
+        previous: keeps the checkpoint that this one replaces.
 
     Raises:
         UserError: if it cannot be written. Those that are there are left alone.
@@ -262,25 +264,29 @@ def save(
         "norm_eps": _norm_eps(parts),
         "versions": backend_info(),
     }
-    previous = path.with_name(PREVIOUS) if keep_previous else None
+    content |= fault or {}
     write_whole(path, lambda file: torch.save(content, file), previous=previous)
 
 
-def _in_words(batch_size: int, accumulation_steps: int, processes: int) -> str:
-    said = f"-b {batch_size}" + (f" --accumulation-steps {accumulation_steps}" if accumulation_steps > 1 else "")
-    return f"{processes} processes of {said}" if processes > 1 else f"{said} of one process"
+def save_newest(path: Path, parts: dict[str, Any], **about: Any) -> None:
+    """As :func:`save`, and keeps the checkpoint that it replaces as ``checkpoint_previous.pth``."""
+    save(path, parts, **about, previous=path.with_name(PREVIOUS))
 
 
-def _what_fits(images: int, batch_size: int, accumulation_steps: int, processes: int) -> str:
-    """The flags with which as many processes take as many images a step."""
-    each, rest = divmod(images, processes)
+def _what_fits(wanted: int, images: int, config: Config) -> str:
+    """How many images a step takes here, and the flags with which as many processes take as many as wanted."""
+    batch_size, accumulation_steps = config.training.batch_size, config.training.accumulation_steps
+    processes = images // (batch_size * accumulation_steps)
+    here = f"-b {batch_size}" + (f" --accumulation-steps {accumulation_steps}" if accumulation_steps > 1 else "")
+    here = f"{processes} processes of {here} make {images}" if processes > 1 else f"{here} of one process make {images}"
+    each, rest = divmod(wanted, processes)
     if rest:
-        return f"the number of processes must divide {images}"
+        return f"{here}: the number of processes must divide {wanted}"
     fitting = max(size for size in range(1, batch_size + 1) if each % size == 0)
     flags = [f"-b {fitting}"] if fitting != batch_size else []
     if each // fitting != accumulation_steps:
         flags.append(f"--accumulation-steps {each // fitting}")
-    return f"pass {' '.join(flags)}"
+    return f"{here}: pass {' '.join(flags)}"
 
 
 def _labels(content: dict[str, Any]) -> Labels:
@@ -301,39 +307,25 @@ def _labels(content: dict[str, Any]) -> Labels:
     return Labels(names, ids, num_classes)
 
 
-def make_folder(folder: Path) -> None:
-    """Makes an output folder.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
-
-
-def prepare_folder(config: Config, checkpoint: Checkpoint | None) -> None:
-    """Makes the output folder, in the main process.
-
-    Raises:
-        UserError: if it cannot be written, or holds the checkpoint of another run than that of ``checkpoint``, or of a
-            later epoch.
-    """
-    if not distributed.is_main():
-        return
-    folder = config.run.output_dir
-    make_folder(folder)
-    existing = folder / "checkpoint.pth"
-    if not existing.exists() or config.run.test_only:
-        return
-    if checkpoint is None or checkpoint.path.resolve().parent != folder.resolve():
-        raise UserError(f"--output-dir {folder}: holds {existing.name}; --resume {existing}, or name another")
-    if checkpoint.path.name != existing.name and Checkpoint.load(existing).position.epoch > checkpoint.position.epoch:
-        raise UserError(f"--resume {checkpoint.path}: {existing} is of a later epoch; name another --output-dir")
+def _check_fault(fault: Any, num_classes: int) -> None:
+    kinds = {"cause": str, "rank": int, "images": list, "targets": list}
+    if not isinstance(fault, dict) or any(type(fault.get(name)) is not kind for name, kind in kinds.items()):
+        raise ValueError(f"fault must have {', '.join(kinds)}, got {shown(fault)}")
+    if not 1 <= len(fault["images"]) == len(fault["targets"]):
+        raise ValueError("fault must have a target for each of its images")
+    for i, (image, target) in enumerate(zip(fault["images"], fault["targets"], strict=True)):
+        if not isinstance(target, dict) or type(target.get("image_id")) is not int:
+            raise ValueError(f"fault must have a target with an image_id at {i}, got {shown(target)}")
+        boxes: Any = target.get("boxes")
+        labels: Any = target.get("labels")
+        if not all(map(is_plain, (image, boxes, labels))):
+            raise ValueError(f"fault must have tensors of an image, its boxes and its labels at {i}")
+        shapes = (image.dim(), image.shape[:1], boxes.shape, labels.dim())
+        types = (image.dtype, boxes.dtype, labels.dtype)
+        if shapes != (3, (3,), (labels.numel(), 4), 1) or types != (torch.float32, torch.float32, torch.int64):
+            raise ValueError(f"fault has an image of {list(image.shape)} and boxes of {list(boxes.shape)} at {i}")
+        if ((labels < 1) | (labels >= num_classes)).any():
+            raise ValueError(f"fault has labels beyond its classes at {i}")
 
 
 def _norm_eps(parts: dict[str, Any]) -> float:

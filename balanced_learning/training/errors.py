@@ -8,6 +8,10 @@ class UserError(Exception):
     """Bad input; the message names the file, the entry or the flag. Programs print it without a traceback."""
 
 
+class SharedError(UserError):
+    """An error that every process raises, of which the main one tells."""
+
+
 def warn(message: str) -> None:
     """Tells of something in the data that is not as the user may think, on standard error."""
     print(f"warning: {message}", file=sys.stderr)

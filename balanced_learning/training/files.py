@@ -8,21 +8,21 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from balanced_learning.training.errors import UserError, printable, warn
 
 Write = Callable[[BinaryIO], object]
 
-_NO_SYNC = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EROFS}  # of file systems that cannot sync
+_NO_SYNC = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}  # of file systems that cannot sync
 _NO_LINKS = {errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}  # and of those without hard links
 
 
 def write_whole(path: Path, write: Write, *, previous: Path | None = None) -> None:
     """Writes a file beside its place, and moves it there when all of it is on the disk.
 
-    Whenever the program, the machine or the disk stops, ``path`` holds what it held before or what ``write`` wrote. What
-    is there is replaced, not written into: also where it is a link or a pipe.
+    Whenever the program, the machine or the disk stops, ``path`` holds what it held before or what ``write`` wrote.
+    What is there is replaced, not written into: also where it is a link or a pipe.
 
     Args:
         path: the file.
@@ -108,12 +108,12 @@ def keep_previous(path: Path, previous: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside the place of ``folder``, to be filled by :func:`write_new`, that is moved there when all is in it.
+    """A folder beside the place of ``folder``, which is moved there when it is full.
 
-    What is there is replaced. If the block fails, what it made is removed.
+    It is to be filled by :func:`write_new`. If the block fails, what it made is removed.
 
     Raises:
-        OSError: if it cannot be made, or another process has made one meanwhile.
+        OSError: if it cannot be made, or there is one that is not empty, perhaps made by another process meanwhile.
     """
     unfinished = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.unfinished")
     unfinished.mkdir(parents=True)
@@ -121,7 +121,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
         yield unfinished
         for made in (unfinished, *(each for each in unfinished.rglob("*") if each.is_dir())):
             sync_folder(made)
-        shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
         sync_folder(folder.parent)
     except BaseException:
@@ -161,9 +160,10 @@ def sync(descriptor: int) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Waits until the names in a folder are on the disk."""
-    if not hasattr(os, "O_DIRECTORY"):  # Windows
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (AttributeError, PermissionError):  # Windows; a folder that may be written, but not be listed
         return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         sync(descriptor)
     finally:
@@ -179,7 +179,7 @@ class _RawFile(io.FileIO):
 
     failure: OSError | None = None
 
-    def write(self, data, /):  # type: ignore[no-untyped-def]
+    def write(self, data: Any, /) -> Any:
         try:
             return super().write(data)
         except OSError as error:

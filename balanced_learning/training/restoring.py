@@ -36,7 +36,7 @@ def load_state(part: Any, saved: Any) -> None:
     elif isinstance(part, Optimizer):
         state = _checked_dict(saved, set(fresh), "it")
         groups = _updated(fresh["param_groups"], state["param_groups"], "param_groups")
-        state = {"state": _optimizer_states(part, state["state"]), "param_groups": groups}
+        state = {"state": _optimizer_states(part, state["state"], set(fresh["state"])), "param_groups": groups}
     else:
         state = _updated(fresh, saved, "it")
     try:
@@ -54,11 +54,11 @@ def check_tensors(state: Any) -> None:
     if not isinstance(state, dict):
         raise ValueError(f"it is {shown(state)}, no state dict")
     for name, tensor in state.items():
-        if not isinstance(name, str) or not _is_plain(tensor):
+        if not isinstance(name, str) or not is_plain(tensor):
             raise ValueError(f"{shown(name)} is no tensor of plain numbers, but a {type(tensor).__name__}")
 
 
-def _is_plain(tensor: Any) -> bool:
+def is_plain(tensor: Any) -> bool:
     """Whether it is a tensor with memory for each of its elements, so that the file bounds its size."""
     return (
         isinstance(tensor, Tensor)
@@ -70,7 +70,7 @@ def _is_plain(tensor: Any) -> bool:
 
 
 def _check_tensor(saved: Any, shape: torch.Size, dtype: torch.dtype, where: str) -> None:
-    if not _is_plain(saved):
+    if not is_plain(saved):
         raise ValueError(f"{where} is no tensor of plain numbers, but a {type(saved).__name__}")
     if saved.shape != shape:
         raise ValueError(f"{where} has the shape {list(saved.shape)}, not {list(shape)}")
@@ -118,8 +118,8 @@ def _updated(fresh: Any, saved: Any, where: str, name: str = "") -> Any:
     return fresh
 
 
-def _optimizer_states(optimizer: Optimizer, saved: Any) -> dict[int, dict[str, Any]]:
-    """The saved states of parameters, in memory of their own."""
+def _optimizer_states(optimizer: Optimizer, saved: Any, needed: set[int]) -> dict[int, dict[str, Any]]:
+    """The saved states of parameters, in memory of their own. All but the needed may have had no gradient yet."""
     if not isinstance(saved, dict):
         raise ValueError(f"state is {shown(saved)}, not a dict")
     parameters: dict[int, Any] = {}
@@ -130,10 +130,11 @@ def _optimizer_states(optimizer: Optimizer, saved: Any) -> dict[int, dict[str, A
     for index in saved:
         if type(index) is not int or index not in parameters:
             raise ValueError(f"state has an entry {shown(index)}, and there are {len(parameters)} parameters")
+    for index in sorted(needed - saved.keys()):
+        raise ValueError(f"state has no entry {index}")
     states = {}
-    for index, (parameter, example) in parameters.items():
-        if index not in saved:  # it has had no gradient yet
-            continue
+    for index in saved:
+        parameter, example = parameters[index]
         where = f"state[{index}]"
         state = _checked_dict(saved[index], set(example), where)
         for name, value in example.items():

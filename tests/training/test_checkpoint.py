@@ -3,7 +3,6 @@ import os
 import threading
 import zipfile
 from argparse import Namespace
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,16 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from balanced_learning.training.checkpoint import Checkpoint, Position, prepare_folder, save
+from balanced_learning.training.checkpoint import Checkpoint, Position, save, save_newest
 from balanced_learning.training.config import Config, TrainingConfig
 from balanced_learning.training.data.coco import Split
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
-from balanced_learning.training.optimization import make_optimizer, make_scheduler
+from balanced_learning.training.optimization import make_optimizer
 
 LABELS = Labels({1: "car", 2: "toothbrush"}, {1: 3, 2: 90}, 3)
 CONFIG = Config.of({"min_size": 64, "lr_steps": (3, 5), "data_path": Path("data"), "output_dir": Path("out")})
-POSITION = Position(4, 5, 7, 16, [{"loss": 0.5}, {"loss": 1.5}], [{"epoch": 3, "AP": None, "loss": 0.7}])
+POSITION = Position(4, 5, 7, 16, [{"loss": 0.5, "images": 40.0}, {}], [{"epoch": 3, "AP": None, "loss": 0.7}], 1, 7.5)
 STATE = {"config": CONFIG, "labels": LABELS, "position": POSITION}
 
 
@@ -71,7 +70,7 @@ def test_it_explains_itself_to_torch_alone(saved):
 
 def test_a_failed_save_leaves_both_generations(saved, monkeypatch):
     path, model = saved
-    save(path, {"model": model}, **STATE | {"position": replace(POSITION, step=6)}, keep_previous=True)
+    save_newest(path, {"model": model}, **STATE | {"position": replace(POSITION, step=6)})
 
     def fail(content, file):
         file.write(b"half")
@@ -79,7 +78,7 @@ def test_a_failed_save_leaves_both_generations(saved, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(UserError, match=r"checkpoint\.pth: cannot be written \(disk full\)"):
-        save(path, {"model": model}, **STATE, keep_previous=True)
+        save_newest(path, {"model": model}, **STATE)
     assert Checkpoint.load(path).position.step == 6
     assert Checkpoint.load(path.with_name("checkpoint_previous.pth")).position == POSITION
     assert len(list(path.parent.iterdir())) == 2
@@ -107,7 +106,7 @@ def test_every_flipped_byte_of_tensors_is_found(saved):
 def test_the_one_before_is_taken_with_a_word_if_the_newest_is_damaged(saved, capsys):
     path, model = saved
     later = STATE | {"position": replace(POSITION, step=6)}
-    save(path, {"model": model}, **later, keep_previous=True)
+    save_newest(path, {"model": model}, **later)
     assert Checkpoint.newest(path.parent).position.step == 6
     assert capsys.readouterr().err == ""
     path.write_bytes(path.read_bytes()[:-100])
@@ -132,7 +131,7 @@ def test_a_folder_without_a_run_has_none(tmp_path):
 
 def test_the_best_has_none_before_it(saved):
     best = saved[0].with_name("checkpoint_best.pth")
-    save(saved[0], {"model": saved[1]}, **STATE, keep_previous=True)
+    save_newest(saved[0], {"model": saved[1]}, **STATE)
     best.write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"checkpoint_best\.pth"):
         Checkpoint.to_continue(best)
@@ -175,21 +174,6 @@ def test_a_setting_of_a_later_version_is_named(edit, saved):
     refused(edit(config=CONFIG.plain() | {"antigravity": True}), "made by a version .* a setting 'antigravity'")
 
 
-def test_a_folder_with_another_run_is_refused_until_it_goes_on(saved, tmp_path):
-    path, model = saved
-    config = Config.of({"output_dir": tmp_path})
-    with pytest.raises(UserError, match=r"holds checkpoint\.pth; --resume"):
-        prepare_folder(config, None)
-    prepare_folder(config, Checkpoint.load(path))
-    prepare_folder(Config.of({"output_dir": tmp_path, "test_only": True}), None)
-    best = tmp_path / "checkpoint_best.pth"
-    save(best, {"model": model}, **STATE)
-    prepare_folder(config, Checkpoint.load(best))
-    save(best, {"model": model}, **STATE | {"position": Position(1, 0, 7, 16, [], [])})
-    with pytest.raises(UserError, match=r"checkpoint\.pth is of a later epoch; name another --output-dir"):
-        prepare_folder(config, Checkpoint.load(best))
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -211,6 +195,10 @@ def test_a_folder_with_another_run_is_refused_until_it_goes_on(saved, tmp_path):
         ("images_per_step", 1),
         ("sums", [{"loss": 1}]),
         ("sums", []),
+        ("sums", [{"loss": 1.0}]),
+        ("sums", [{"images": math.nan}]),
+        ("skipped_steps", 0.5),
+        ("seconds", -1.0),
         ("sums", {"loss": 0.1}),
         ("history", [3]),
         ("history", [{"epoch": 2}]),
@@ -275,13 +263,20 @@ def test_a_whole_number_is_a_number(edit):
     assert Checkpoint.load(edit(config=CONFIG.plain() | {"lr": 1})).config.training.lr == 1
 
 
-def test_other_data_and_other_batches_are_refused_with_what_would_fit(saved):
+def test_other_data_and_other_batches_are_refused_with_what_would_fit(saved, monkeypatch):
     checkpoint = Checkpoint.load(saved[0])
     split = Split(Path("train.json"), Path(), {3: "car", 90: "toothbrush"}, {}, {})
-    checkpoint.check_data(split, 7, batch_size=2, accumulation_steps=2, processes=4)
-    checkpoint.check_data(split, None)
+
+    def check(batch_size, accumulation_steps, processes, iterations=7, **more):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        values = {"batch_size": batch_size, "accumulation_steps": accumulation_steps, **more}
+        checkpoint.check_data(split, Config.of(values), iterations)
+
+    check(2, 2, 4)
+    check(3, 1, 1, test_only=True)
+    checkpoint.check_data(split)
     with pytest.raises(UserError, match=r"checkpoint\.pth: an epoch had 7 iterations, not 8"):
-        checkpoint.check_data(split, 8, batch_size=16)
+        check(16, 1, 1, iterations=8)
     for batching, message in (
         ((2, 1, 4), "4 processes of -b 2 make 8: pass --accumulation-steps 2"),
         ((6, 1, 1), "-b 6 of one process make 6: pass -b 4 --accumulation-steps 4"),
@@ -289,20 +284,52 @@ def test_other_data_and_other_batches_are_refused_with_what_would_fit(saved):
         ((16, 1, 3), "3 processes of -b 16 make 48: the number of processes must divide 16"),
     ):
         with pytest.raises(UserError, match=f"made with 16 images a step; here {message}"):
-            checkpoint.check_data(
-                split, 7, **dict(zip(("batch_size", "accumulation_steps", "processes"), batching, strict=True))
-            )
+            check(*batching)
     split.categories[90] = "comb"
     with pytest.raises(UserError, match=r"other categories than train\.json has, such as \(90, 'comb'\)"):
-        checkpoint.check_data(split, 7, batch_size=16)
+        check(16, 1, 1)
+
+
+FAULT = {
+    "cause": "loss is nan",
+    "rank": 0,
+    "images": [torch.rand(3, 4, 5)],
+    "targets": [{"boxes": torch.zeros(1, 4), "labels": torch.tensor([2]), "image_id": 3}],
+}
+
+
+def test_a_step_that_was_left_out_is_kept(saved):
+    path, model = saved
+    assert Checkpoint.load(path).fault is None
+    save(path, {"model": model}, **STATE, fault={"fault": FAULT})
+    kept = Checkpoint.load(path)
+    assert torch.equal(kept.fault["images"][0], FAULT["images"][0])
+    assert kept.states.keys() == {"model"}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        None,
+        {**FAULT, "rank": "0"},
+        {**FAULT, "images": []},
+        {**FAULT, "images": [torch.rand(4, 5)]},
+        {**FAULT, "images": [None]},
+        {**FAULT, "targets": [3]},
+        *({**FAULT, "targets": [FAULT["targets"][0] | {name: torch.zeros(2)}]} for name in FAULT["targets"][0]),
+        {**FAULT, "targets": [FAULT["targets"][0] | {"labels": torch.tensor([3])}]},
+    ],
+    ids=range(10),
+)
+def test_a_step_that_cannot_be_repeated_is_refused(edit, fault):
+    refused(edit(fault=fault), "cannot be read: its fault ")
 
 
 def make_parts(opt, seed=0):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, TrainingConfig(opt=opt, lr=0.1, norm_weight_decay=0.0))
-    scheduler = make_scheduler(optimizer, TrainingConfig(lr=0.1, warmup_iters=3), 7)
-    return {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": torch.amp.GradScaler("cpu")}
+    return {"model": model, "optimizer": optimizer, "scaler": torch.amp.GradScaler("cpu")}
 
 
 def step(parts):
@@ -312,7 +339,6 @@ def step(parts):
     parts["scaler"].scale(loss).backward()
     parts["scaler"].step(parts["optimizer"])
     parts["scaler"].update()
-    parts["scheduler"].step()
 
 
 @pytest.mark.parametrize("opt", ["sgd", "sgd_nesterov", "adamw"])
@@ -334,10 +360,10 @@ def test_a_restored_run_goes_on_bit_by_bit(tmp_path, opt, steps):
 def test_the_way_of_computing_a_step_is_that_of_this_machine(tmp_path):
     parts, others = make_parts("sgd"), make_parts("sgd")
     for group in parts["optimizer"].param_groups:
-        group["fused"] = True
+        group["fused"] = False
     save(tmp_path / "x.pth", parts, **STATE)
     Checkpoint.load(tmp_path / "x.pth").restore(others)
-    assert [group["fused"] for group in others["optimizer"].param_groups] == [None, None]
+    assert [group["fused"] for group in others["optimizer"].param_groups] == [True, True]
 
 
 def in_group(**values):
@@ -346,10 +372,6 @@ def in_group(**values):
 
 def in_state(index=0, **values):
     return lambda content: content["optimizer"]["state"][index].update(values)
-
-
-def in_schedule(**values):
-    return lambda content: content["scheduler"]["_schedulers"][0].update(values)
 
 
 SPOILED = {
@@ -372,10 +394,7 @@ SPOILED = {
     "no groups": (lambda c: c["optimizer"].pop("param_groups"), "has no param_groups"),
     "no dict": (lambda c: c.update(optimizer=[]), "it is .., not a dict"),
     "none": (lambda c: c.pop("optimizer"), "holds no optimizer"),
-    "schedule back": (in_schedule(last_epoch=-7), r"_schedulers\[0\].last_epoch is -7"),
-    "schedule of a text": (in_schedule(last_epoch="7"), r"last_epoch is '7'"),
-    "another warm-up": (in_schedule(total_iters=99), "total_iters is 99, not 3"),
-    "drops": (lambda c: c["scheduler"]["_schedulers"][1].update(milestones=Counter({56: 2})), "milestones.56 is 2"),
+    "another start": (in_group(initial_lr=0.2), "initial_lr is 0.2, not 0.1"),
     "scale 0": (lambda c: c["scaler"].update(scale=0.0), "scale is 0.0"),
     "no scale": (lambda c: c["scaler"].pop("scale"), "has no scale"),
     "weights not finite": (lambda c: c["model"]["1.bias"].fill_(math.inf), "1.bias has values that are not finite"),
