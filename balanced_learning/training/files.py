@@ -106,6 +106,19 @@ def keep_previous(path: Path, previous: Path) -> None:
     link.replace(previous)
 
 
+def move(path: Path, to: Path) -> None:
+    """Gives a file another name, in place of what has it.
+
+    Raises:
+        UserError: if that fails.
+    """
+    try:
+        path.replace(to)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{printable(path)}: cannot be renamed ({reason_of(error)})") from None
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside the place of ``folder``, which is moved there when it is full.

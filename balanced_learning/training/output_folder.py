@@ -19,12 +19,11 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from balanced_learning.training import distributed, files
-from balanced_learning.training.checkpoint import Checkpoint
+from balanced_learning.training.checkpoint import NEWEST, PREVIOUS, Checkpoint
 from balanced_learning.training.config import Config
 from balanced_learning.training.errors import SharedError, UserError, printable, warn
 
 LOCK = ".lock"
-CHECKPOINTS = "checkpoint.pth", "checkpoint_previous.pth"
 
 _HELD = {errno.EACCES, errno.EAGAIN}
 _NO_LOCKS = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
@@ -50,6 +49,8 @@ def run_folder(config: Config, checkpoint: Checkpoint | None) -> Iterator[Config
         folder, error = distributed.from_main((folder, error))
         if error:
             raise SharedError(error)
+        if checkpoint and len(set(distributed.gather(_place(checkpoint)))) > 1:
+            raise SharedError(f"{checkpoint.path}: changed while the processes read it; start again")
         yield replace(config, run=replace(config.run, output_dir=folder))
 
 
@@ -109,25 +110,25 @@ def make_folder(folder: Path) -> None:
 def check_folder(folder: Path, checkpoint: Checkpoint | None) -> None:
     """Keeps a run from writing over the work of another one, or over its own.
 
+    A damaged checkpoint gets another name, so that it does not take the place of the one before it.
+
     Raises:
         UserError: if the folder holds the checkpoint of another run than that of ``checkpoint``, or a later one.
     """
-    existing = next((folder / name for name in CHECKPOINTS if os.path.lexists(folder / name)), None)
-    if existing is None:
-        return
-    if checkpoint is None or checkpoint.path.resolve().parent != folder.resolve():
-        raise UserError(f"--output-dir {folder}: holds {existing.name}; --resume {existing}, or name another")
-    if checkpoint.path.name != existing.name and _is_later(existing, checkpoint):
-        raise UserError(f"--resume {checkpoint.path}: {existing} is a later one; name another --output-dir")
-
-
-def _is_later(existing: Path, checkpoint: Checkpoint) -> bool:
-    try:
-        found = Checkpoint.load(existing)
-    except UserError as error:
-        warn(f"{error}; the run goes on from {checkpoint.path}")
-        return False
-    return _place(found) > _place(checkpoint)
+    for existing in (folder / name for name in (NEWEST, PREVIOUS) if os.path.lexists(folder / name)):
+        if checkpoint is None or checkpoint.path.resolve().parent != folder.resolve():
+            raise UserError(f"--output-dir {folder}: holds {existing.name}; --resume {existing}, or name another")
+        if checkpoint.path.name == existing.name:
+            return
+        try:
+            found = Checkpoint.load(existing)
+        except UserError:
+            damaged = existing.with_stem(f"{existing.stem}_damaged")
+            files.move(existing, damaged)
+            warn(f"{existing}: cannot be read, and is now called {damaged.name}")
+            continue
+        if _place(found) > _place(checkpoint):
+            raise UserError(f"--resume {checkpoint.path}: {existing} is a later one; name another --output-dir")
 
 
 def _place(checkpoint: Checkpoint) -> tuple[int, int]:

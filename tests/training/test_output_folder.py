@@ -16,6 +16,7 @@ import torch.distributed as dist
 from balanced_learning.training import output_folder
 from balanced_learning.training.config import Config
 from balanced_learning.training.errors import SharedError, UserError
+from balanced_learning.training.files import write_whole
 from balanced_learning.training.output_folder import (
     check_folder,
     find_folder,
@@ -280,16 +281,22 @@ def test_a_run_goes_on_in_its_folder_from_its_last_checkpoint(tmp_path, monkeypa
         check_folder(folder, checkpoint_at(folder / name, *position))
 
 
-def test_a_damaged_last_checkpoint_is_gone_on_from_the_one_before(tmp_path, capsys):
-    (tmp_path / "checkpoint.pth").write_bytes(b"damaged")
-    check_folder(tmp_path, checkpoint_at(tmp_path / "checkpoint_previous.pth", 1, 3))
-    assert f"the run goes on from {tmp_path}/checkpoint_previous.pth" in capsys.readouterr().err
+def test_a_damaged_checkpoint_does_not_take_the_place_of_the_one_before(tmp_path, capsys):
+    newest, previous = tmp_path / "checkpoint.pth", tmp_path / "checkpoint_previous.pth"
+    newest.write_bytes(b"damaged")
+    previous.write_bytes(b"good")
+    check_folder(tmp_path, checkpoint_at(previous, 1, 3))
+    assert f"{newest}: cannot be read, and is now called checkpoint_damaged.pth" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint_damaged.pth").read_bytes() == b"damaged"
+    write_whole(newest, lambda file: file.write(b"new"), previous=previous)
+    assert (newest.read_bytes(), previous.read_bytes()) == (b"new", b"good")
 
 
-def join_and_enter(rank: int, store: Path, folder: Path | None, results) -> None:
+def join_and_enter(rank: int, store: Path, folder: Path | None, results, epochs=None) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
+    checkpoint = epochs and checkpoint_at(folder / "checkpoint.pth", epochs[rank], 0)
     try:
-        with run_folder(Config.of({"output_dir": folder}), None) as config:
+        with run_folder(Config.of({"output_dir": folder}), checkpoint) as config:
             results.put((rank, str(config.run.output_dir)))
             dist.barrier()
     except SharedError as error:
@@ -311,10 +318,24 @@ def test_all_processes_agree_on_the_folder_or_on_why_there_is_none(tmp_path, mon
             f"--output-dir {taken}: holds checkpoint.pth; --resume {taken}/checkpoint.pth, or name another",
         ),
     }[kind]
+    assert enter_together(tmp_path / "store", given) == [(rank, expected) for rank in range(3)]
+
+
+def enter_together(store: Path, folder: Path | None, epochs: list[int] | None = None) -> list[tuple[int, str]]:
+    """What each of three processes says of the folder."""
     results = fork.SimpleQueue()
-    ranks = [fork.Process(target=join_and_enter, args=(rank, tmp_path / "store", given, results)) for rank in range(3)]
+    ranks = [fork.Process(target=join_and_enter, args=(rank, store, folder, results, epochs)) for rank in range(3)]
     for rank in ranks:
         rank.start()
-    assert sorted(results.get() for _ in ranks) == [(rank, expected) for rank in range(3)]
+    said = sorted(results.get() for _ in ranks)
     for rank in ranks:
         rank.join()
+    return said
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_processes_that_read_different_checkpoints_do_not_go_on(tmp_path):
+    (tmp_path / "checkpoint.pth").touch()
+    assert [text for _, text in enter_together(tmp_path / "same", tmp_path, [3, 3, 3])] == [f"{tmp_path}"] * 3
+    for _, text in enter_together(tmp_path / "other", tmp_path, [3, 3, 2]):
+        assert text == f"{tmp_path}/checkpoint.pth: changed while the processes read it; start again"
