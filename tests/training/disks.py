@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -30,34 +30,70 @@ def mounted(folder: Path, *options: str) -> Iterator[Path]:
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """An empty file system of 4 MiB, in memory."""
+    """An empty disk of 4 MiB, in memory."""
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=4m", "none") as folder:
         yield folder
 
 
-def fill(folder: Path) -> None:
-    """Leaves no room on the file system of a folder."""
-    with (folder / "filler").open("wb", buffering=0) as file:
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """An empty disk in memory that has room for a run."""
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=100m", "none") as folder:
+        yield folder
+
+
+@contextmanager
+def filled(disk: Path) -> Iterator[None]:
+    """Leaves no room on a disk."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
         for size in (1 << 16, 1):
             with suppress(OSError):
                 while file.write(bytes(size)):
                     pass
+    try:
+        yield
+    finally:
+        filler.unlink()
 
 
-def make_read_only(disk: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Turns a folder read-only, for root as well."""
+    with mounted(folder, "--bind", str(folder)):
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+        yield
 
 
-def before_writing(monkeypatch: pytest.MonkeyPatch, name: str, act: Callable[[Path], None]) -> None:
-    """Acts on the folder of a file when that is to be written for the first time."""
-    real, left = files.write_new, [act]
+@contextmanager
+def removed(folder: Path) -> Iterator[None]:
+    """Puts a folder out of reach."""
+    away = folder.rename(folder.with_name("away"))
+    try:
+        yield
+    finally:
+        away.rename(folder)
+
+
+def while_written(
+    monkeypatch: pytest.MonkeyPatch, name: str, trouble: Callable[[], AbstractContextManager], number: int = 1
+) -> None:
+    """Has a trouble while the file of a name is written, from the ``number``-th time on, until it has done harm."""
+    real, times = files.write_new, 0
 
     def write_new(path: Path, write: files.Write) -> os.stat_result:
-        if path.name.removesuffix(".unfinished") == name and left:
-            left.pop()(path.parent)
-        return real(path, write)
+        nonlocal times
+        times += path.name.removesuffix(".unfinished") == name
+        if times < number or path.name.removesuffix(".unfinished") != name:
+            return real(path, write)
+        try:
+            with trouble():
+                return real(path, write)
+        except OSError:
+            monkeypatch.setattr(files, "write_new", real)
+            raise
 
     monkeypatch.setattr(files, "write_new", write_new)
 
 
-NO_ROOM = os.strerror(errno.ENOSPC)
+NO_ROOM, NO_FILE = os.strerror(errno.ENOSPC), os.strerror(errno.ENOENT)

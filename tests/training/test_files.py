@@ -23,7 +23,7 @@ from balanced_learning.training.files import (
     write_text,
     write_whole,
 )
-from tests.training.disks import NO_ROOM, fill, make_read_only
+from tests.training.disks import NO_ROOM, filled, read_only
 
 
 def names(folder: Path) -> list[str]:
@@ -158,12 +158,10 @@ WRITERS = {
 def test_a_full_disk_is_named_whatever_library_writes(small_disk, write, tmp_path):
     path = small_disk / "file"
     path.write_text("old")
-    fill(small_disk)
-    with pytest.raises(UserError, match=rf"/file: cannot be written \({NO_ROOM}\)$"):
+    with filled(small_disk), pytest.raises(UserError, match=rf"/file: cannot be written \({NO_ROOM}\)$"):
         write_whole(path, write)
     assert path.read_text() == "old"
-    assert names(small_disk) == ["file", "filler"]
-    (small_disk / "filler").unlink()
+    assert names(small_disk) == ["file"]
     write_whole(path, write)
     write_whole(tmp_path / "file", write)
     assert path.read_bytes() == (tmp_path / "file").read_bytes()
@@ -187,11 +185,11 @@ def test_a_disk_that_is_full_in_the_middle_is_named(small_disk, write):
 def test_a_read_only_disk_is_named(small_disk):
     path = small_disk / "file"
     path.write_text("old")
-    make_read_only(small_disk)
-    with pytest.raises(UserError, match=r"/file: cannot be written \(Read-only file system\)$"):
-        write_text(path, "new")
-    with pytest.raises(UserError, match=r"/new: cannot be made \(Read-only file system\)$"):
-        files.make_folder(small_disk / "new")
+    with read_only(small_disk):
+        with pytest.raises(UserError, match=r"/file: cannot be written \(Read-only file system\)$"):
+            write_text(path, "new")
+        with pytest.raises(UserError, match=r"/new: cannot be made \(Read-only file system\)$"):
+            files.make_folder(small_disk / "new")
 
 
 def test_a_disk_that_turns_read_only_meanwhile_is_named(small_disk):
@@ -304,8 +302,7 @@ def test_what_fails_leaves_both_generations_alone(small_disk):
     path, before = small_disk / "file", small_disk / "before"
     for text in (b"1", b"2"):
         write_whole(path, lambda file, text=text: file.write(text), previous=before)
-    fill(small_disk)
-    with pytest.raises(UserError, match=NO_ROOM):
+    with filled(small_disk), pytest.raises(UserError, match=NO_ROOM):
         write_whole(path, lambda file: file.write(b"3"), previous=before)
     assert (path.read_text(), before.read_text()) == ("2", "1")
 

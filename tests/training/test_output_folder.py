@@ -25,7 +25,7 @@ from balanced_learning.training.output_folder import (
     new_folder,
     run_folder,
 )
-from tests.training.disks import NO_ROOM, fill, make_read_only
+from tests.training.disks import NO_ROOM, filled, read_only
 
 fork = multiprocessing.get_context("fork")
 
@@ -182,11 +182,12 @@ def test_a_run_goes_on_where_nothing_can_be_locked(tmp_path, monkeypatch, capsys
 
 
 def test_a_full_and_a_read_only_disk_are_named(small_disk):
-    for act, reason in ((fill, NO_ROOM), (make_read_only, "Read-only file system")):
-        act(small_disk)
-        with pytest.raises(UserError, match=rf"{small_disk}/\.lock: cannot be written \({reason}\)"):
-            locked(small_disk).__enter__()
-    with pytest.raises(UserError, match=rf"--output-dir {small_disk}: cannot be written \(Read-only file system\)"):
+    for trouble, reason in ((filled, NO_ROOM), (read_only, "Read-only file system")):
+        message = rf"{small_disk}/\.lock: cannot be written \({reason}\)"
+        with trouble(small_disk), pytest.raises(UserError, match=message), locked(small_disk):
+            pass
+    message = rf"--output-dir {small_disk}: cannot be written \(Read-only file system\)"
+    with read_only(small_disk), pytest.raises(UserError, match=message):
         make_folder(small_disk)
 
 
