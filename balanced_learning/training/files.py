@@ -5,8 +5,10 @@ import io
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +18,7 @@ Write = Callable[[BinaryIO], object]
 
 _NO_SYNC = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}  # of file systems that cannot sync
 _NO_LINKS = {errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}  # and of those without hard links
+_ABANDONED = 24 * 3600  # seconds after which nobody fills a folder any more
 
 
 def write_whole(path: Path, write: Write, *, previous: Path | None = None) -> None:
@@ -123,13 +126,18 @@ def move(path: Path, to: Path) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside the place of ``folder``, which is moved there when it is full.
 
-    It is to be filled by :func:`write_new`. If the block fails, what it made is removed.
+    It is to be filled by :func:`write_new`. If the block fails, what it made is removed; so is, after a day, what a
+    killed program has left.
 
     Raises:
         OSError: if it cannot be made, or there is one that is not empty, perhaps made by another process meanwhile.
     """
     unfinished = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.unfinished")
     unfinished.mkdir(parents=True)
+    for left in folder.parent.glob(f"{escape(folder.name)}.????????.unfinished"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(left)
     try:
         yield unfinished
         for made in (unfinished, *(each for each in unfinished.rglob("*") if each.is_dir())):

@@ -1,9 +1,11 @@
 """A run whose disk is full, read-only or gone while it writes a file: nothing good is lost, and one line says so."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from examples import train_torchvision_libra
 from tests.training.disks import NO_FILE, NO_ROOM, filled, read_only, removed, while_written
@@ -90,3 +92,35 @@ def test_a_run_goes_on_without_a_picture(disk, flags, undisturbed, monkeypatch, 
     assert capsys.readouterr().err == f"warning: {out}/{name}: cannot be written ({reason})\n"
     assert rows(out) == rows(undisturbed)
     assert {file.name for file in out.iterdir()} == {file.name for file in undisturbed.iterdir()} - {name}
+
+
+@pytest.mark.slow
+def test_a_run_survives_a_power_cut_at_any_moment(large_cut_disk, flags, undisturbed, monkeypatch, tmp_path):
+    cut, moments, runs = large_cut_disk, 0, []
+
+    def look(moment):
+        nonlocal moments
+        moments += 1
+        with cut.after_cut() as folder:
+            out = folder / "out"
+            for file in out.glob("*.pth"):
+                torch.load(file, weights_only=True)
+            for file in out.glob("*.json"):
+                json.loads(file.read_text())
+            for file in out.glob("*.png"):
+                Image.open(file).verify()
+            if (out / "metrics.jsonl").exists():
+                assert rows(out) in ([], rows(undisturbed))
+            if moments % 12 == 0:
+                runs.append(shutil.copytree(out, tmp_path / f"run{moments}"))
+
+    with monkeypatch.context() as patch:
+        cut.at_each_moment(patch, look)
+        train(*flags, "--output-dir", cut.folder / "out")
+    assert moments > 50
+    assert len(runs) >= 4
+    for out in runs:
+        train(*flags, "--output-dir", out, "--resume", "auto")
+        assert rows(out) == rows(undisturbed)
+        for file in ("checkpoint.pth", "checkpoint_best.pth"):
+            assert state(out / file) == state(undisturbed / file)

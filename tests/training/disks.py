@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,6 +95,84 @@ def while_written(
             raise
 
     monkeypatch.setattr(files, "write_new", write_new)
+
+
+class Disk:
+    """A disk that can be looked at as a power cut would leave it.
+
+    Its file system may bring names to the disk before what the files hold, which is the worst that ext4 can do.
+
+    Attributes:
+        folder: where it is mounted.
+    """
+
+    OPTIONS = "loop,noauto_da_alloc,data=writeback"
+
+    def __init__(self, image: Path, folder: Path) -> None:
+        self.image, self.folder = image, folder
+
+    @contextmanager
+    def after_cut(self) -> Iterator[Path]:
+        """Mounts a copy of what is on the disk at this moment."""
+        copy = self.image.with_suffix(".copy")
+        subprocess.run(["cp", "--sparse=always", str(self.image), str(copy)], check=True)
+        with mounted(self.folder.with_name("after"), "-o", "loop", str(copy)) as folder:
+            yield folder
+
+    def at_each_moment(self, monkeypatch: pytest.MonkeyPatch, look: Callable[[str], object]) -> None:
+        """Looks at the disk before and after each call that writes to it, but for looks within looks."""
+        is_looking = False
+
+        def look_once(moment: str) -> None:
+            nonlocal is_looking
+            if not is_looking:
+                is_looking = True
+                try:
+                    look(moment)
+                finally:
+                    is_looking = False
+
+        def around(owner: Any, name: str) -> None:
+            real = getattr(owner, name)
+
+            def call(*arguments: Any, **options: Any) -> Any:
+                look_once(f"before {name}")
+                result = real(*arguments, **options)
+                look_once(f"after {name}")
+                return result
+
+            monkeypatch.setattr(owner, name, call)
+
+        around(os, "fsync")
+        around(os, "link")
+        around(Path, "replace")
+
+
+@contextmanager
+def cut_disk(tmp_path: Path, mebibytes: int) -> Iterator[Disk]:
+    image = tmp_path / "disk.image"
+    with image.open("wb") as file:
+        file.truncate(mebibytes << 20)
+    try:
+        subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"there is no ext4 here ({error})")
+    with mounted(tmp_path / "disk", "-o", Disk.OPTIONS, str(image)) as folder:
+        yield Disk(image, folder)
+
+
+@pytest.fixture
+def small_cut_disk(tmp_path) -> Iterator[Disk]:
+    """A disk of 8 MiB whose power can be cut."""
+    with cut_disk(tmp_path, 8) as disk:
+        yield disk
+
+
+@pytest.fixture
+def large_cut_disk(tmp_path) -> Iterator[Disk]:
+    """A disk whose power can be cut that has room for a run."""
+    with cut_disk(tmp_path, 120) as disk:
+        yield disk
 
 
 NO_ROOM, NO_FILE = os.strerror(errno.ENOSPC), os.strerror(errno.ENOENT)

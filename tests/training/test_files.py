@@ -370,6 +370,17 @@ def test_of_two_that_make_a_folder_one_is_taken(tmp_path):
     assert (tmp_path / "made" / "file").read_text() in "ab"
 
 
+def test_what_a_killed_program_left_of_a_folder_is_removed_after_a_day(tmp_path):
+    for name, days in (("made.01234567", 2), ("made.abcdef01", 0.5), ("other.01234567", 2)):
+        folder = tmp_path / f"{name}.unfinished"
+        folder.mkdir()
+        (folder / "file").touch()
+        os.utime(folder, (time.time() - days * 86400,) * 2)
+    with new_folder(tmp_path / "made"):
+        pass
+    assert names(tmp_path) == ["made", "made.abcdef01.unfinished", "other.01234567.unfinished"]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ZeroDivisionError])
 def test_a_folder_is_made_whole_or_not_at_all(tmp_path, error):
     def write(file):
