@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
@@ -17,7 +18,7 @@ from torchvision.models import WeightsEnum, get_model
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
 from balanced_learning.training import distributed, load_detector
-from balanced_learning.training.data import splits
+from balanced_learning.training.data import batching, splits
 from balanced_learning.training.data.shapes import shapes_dataset
 from examples import train_torchvision_libra
 from tests.training.small import SMALL, fingerprint, scripted
@@ -227,10 +228,11 @@ class Recorder(nn.Module):
 
 def test_seeds_epochs_and_processes_share_no_draw(tmp_path, coco_root, train, monkeypatch):
     _add_images(coco_root, "train", 8)
-    options = ["--data-path", coco_root, *SMALL, "--epochs", 3, "--data-augmentation", "ssd"]
+    options = ["--data-path", coco_root, *SMALL, "-b", 1, "--epochs", 3, "--data-augmentation", "ssd"]
     images, draws = [], []
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(batching, "distributed", SimpleNamespace(rank=distributed.rank, world_size=lambda: 2))
         for seed in (0, 1):
             recorder = Recorder()
             monkeypatch.setattr(train_torchvision_libra, "make_model", lambda *_, recorder=recorder: recorder)
@@ -424,7 +426,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, coco_root, error, wo
     file = coco_root / "train2017" / "11.png"
     content = file.read_bytes()
     file.write_bytes(content[:60] + content[-12:])  # header and end are whole, so the check before training passes
-    message = error("--data-path", coco_root, *SMALL, "-j", workers, "--output-dir", tmp_path)
+    message = error("--data-path", coco_root, *SMALL, "--strict-data", "-j", workers, "--output-dir", tmp_path)
     assert f"{file} is unreadable" in message
 
 
