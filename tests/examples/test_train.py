@@ -21,6 +21,7 @@ from balanced_learning.training import distributed, load_detector
 from balanced_learning.training.data import batching, splits
 from balanced_learning.training.data.shapes import shapes_dataset
 from examples import train_torchvision_libra
+from tests.training.coco_data import add_images
 from tests.training.small import SMALL, fingerprint, scripted
 
 
@@ -139,7 +140,7 @@ def test_the_learning_rate_scales_with_the_batch_and_says_so(tmp_path, coco_root
 
 
 def test_the_number_of_loader_processes_changes_nothing(tmp_path, coco_root, train):
-    _add_images(coco_root, "train", 4)
+    add_images(coco_root, "train", 4)
     for workers in (0, 1, 3):
         options = ["--data-path", coco_root, *SMALL, "-j", workers, "--epochs", 2, "--data-augmentation", "ssd"]
         train(*options, "--output-dir", tmp_path / str(workers))
@@ -180,6 +181,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, coco_root, train, monkeypatch):
 TWO_PROCESSES = """
 import sys
 from examples import train_torchvision_libra
+from tests.training.coco_data import add_images
 from tests.training.small import fingerprint
 train_torchvision_libra.evaluate_detections = fingerprint
 train_torchvision_libra.main(sys.argv[1:])
@@ -188,8 +190,8 @@ train_torchvision_libra.main(sys.argv[1:])
 
 @pytest.mark.usefixtures("_fingerprint")
 def test_two_processes_evaluate_an_odd_number_of_images_once_each(tmp_path, coco_root, train):
-    _add_images(coco_root, "train", 1)
-    _add_images(coco_root, "val", 2)
+    add_images(coco_root, "train", 1)
+    add_images(coco_root, "val", 2)
     (tmp_path / "program.py").write_text(TWO_PROCESSES)
     options = ["--data-path", coco_root, *SMALL, "-b", 1]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
@@ -227,7 +229,7 @@ class Recorder(nn.Module):
 
 
 def test_seeds_epochs_and_processes_share_no_draw(tmp_path, coco_root, train, monkeypatch):
-    _add_images(coco_root, "train", 8)
+    add_images(coco_root, "train", 8)
     options = ["--data-path", coco_root, *SMALL, "-b", 1, "--epochs", 3, "--data-augmentation", "ssd"]
     images, draws = [], []
     for rank in (0, 1):
@@ -241,17 +243,6 @@ def test_seeds_epochs_and_processes_share_no_draw(tmp_path, coco_root, train, mo
             draws += [step[1] for step in recorder.steps]
     assert len(draws) == len(set(draws)) == 2 * 2 * 3 * 5
     assert len(images) == len(set(images))
-
-
-def _add_images(root, split, count):
-    file = root / "annotations" / f"instances_{split}2017.json"
-    content = json.loads(file.read_text())
-    for image_id in range(31, 31 + count):
-        source = root / f"{split}2017" / content["images"][0]["file_name"]
-        source.with_name(f"{image_id}.png").write_bytes(source.read_bytes())
-        content["images"].append({"id": image_id, "file_name": f"{image_id}.png"})
-        content["annotations"].append({**content["annotations"][0], "id": image_id, "image_id": image_id})
-    file.write_text(json.dumps(content))
 
 
 def test_images_without_boxes_are_trained_on_if_kept(tmp_path, coco_root, edit, train, error):
