@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -101,12 +102,12 @@ def program():
         process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_all_leaves_the_loaders_to_the_main_process(program, number):
+def test_signals_to_all_leave_the_loaders_to_the_main_process(program):
     process, loaders = program(GOES_ON)
-    os.killpg(process.pid, number)
+    for number in (2, 10, 15):  # SIGINT, SIGUSR1, SIGTERM
+        os.killpg(process.pid, number)
     out, err = process.communicate(timeout=30)
-    assert (out, err) == (f"40 [] [{int(number)}]\n", "")
+    assert (out, err) == ("40 [] [2, 10, 15]\n", "")
     assert process.returncode == 0
     assert not any(map(is_alive, loaders))
 
@@ -189,29 +190,60 @@ def leave_by_exhaustion():
 LEAVINGS = [leave_by_break, leave_by_error, leave_by_close, leave_by_exhaustion]
 
 
+@pytest.fixture
+def killed(monkeypatch):
+    """The processes that had to be killed."""
+    processes = []
+    kill = BaseProcess.kill
+    monkeypatch.setattr(BaseProcess, "kill", lambda process: processes.append(process) or kill(process))
+    return processes
+
+
 @pytest.mark.parametrize("leave", LEAVINGS)
-def test_no_loader_is_left_behind(leave):
+def test_no_loader_is_left_behind(leave, killed):
     leave()
     assert multiprocessing.active_children() == []
+    assert not killed
 
 
 @pytest.mark.parametrize("leave", LEAVINGS)
-def test_no_loader_is_left_behind_where_torch_does_not_end_them_when_asked(leave, monkeypatch):
+def test_no_loader_is_left_behind_where_torch_does_not_end_them_when_asked(leave, killed, monkeypatch):
     monkeypatch.setattr(_torch_private, "end_loading", lambda batches: None)
     leave()
     assert multiprocessing.active_children() == []
+    assert not killed
+
+
+class Faulty(Numbers):
+    def __getitems__(self, share):
+        raise TypeError(share)
+
+
+def test_an_error_that_is_kept_keeps_no_loader(killed):
+    with pytest.raises(TypeError) as kept:
+        list(DetectionLoader(Faulty(), OneByOne(20), 2, torch.device("cpu")))
+    assert multiprocessing.active_children() == []
+    assert not killed
+    assert kept.traceback
 
 
 class Stuck(Numbers):
+    def __init__(self):
+        self.is_stuck = multiprocessing.Event()
+
     def __getitems__(self, share):
         if share.step == 3:
+            self.is_stuck.set()
             signal.pause()
         return super().__getitems__(share)
 
 
-def test_a_loader_that_is_stuck_is_killed(monkeypatch):
+def test_a_loader_that_is_stuck_is_killed(killed, monkeypatch):
     monkeypatch.setattr(dataloader._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
-    batches = iter(DetectionLoader(Stuck(), OneByOne(20), 2, torch.device("cpu")))
+    images = Stuck()
+    batches = iter(DetectionLoader(images, OneByOne(20), 2, torch.device("cpu")))
     next(batches)
+    assert images.is_stuck.wait(10)
     batches.close()
     assert multiprocessing.active_children() == []
+    assert len(killed) == 1
