@@ -12,8 +12,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from balanced_learning.training import distributed
+from balanced_learning.training.setting_values import check_value
+
 PAPER_IMAGES = 16  # images an iteration, to which the paper's learning rates belong
 PAPER_LR = {"libra_fasterrcnn": 0.02, "libra_retinanet": 0.01}
+
+AUTO = Path("auto")  # of --resume
 
 MODEL, COURSE, FREE = "model", "course", "free"
 
@@ -65,6 +70,10 @@ class DataConfig:
         None, "use the first N images of each split", binds=COURSE, type=_positive, metavar="N"
     )
     workers: int = _setting(4, "loader processes", "-j", type=_not_negative, metavar="N")
+    max_unreadable: int = _setting(
+        50, "images that may turn out to be unreadable before the run ends", type=_not_negative, metavar="N"
+    )
+    strict_data: bool = _setting(False, "end the run at the first image that cannot be read")
     aspect_ratio_group_factor: int = _setting(
         3, "batches of like shape; negative: off", binds=COURSE, type=int, metavar="N"
     )
@@ -102,13 +111,18 @@ class ModelConfig:
     min_size: int = _setting(800, "shorter side of an image, in pixels", binds=MODEL, type=_positive)
     max_size: int = _setting(1333, "longer side at most, in pixels", binds=MODEL, type=_positive)
     sync_bn: bool = _setting(False, "synchronize batch norm over processes", binds=COURSE)
+    channels_last: bool = _setting(False, "weights and maps with the channels last in memory")
+    compile: bool = _setting(False, "torch.compile the backbone with its necks")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """The optimization. The command line settles ``lr``."""
 
-    batch_size: int = _setting(2, "images per process", "-b", binds=COURSE, type=_positive, metavar="N")
+    batch_size: int = _setting(2, "images per process", "-b", type=_positive, metavar="N")
+    accumulation_steps: int = _setting(
+        1, "batches of a process that are added up to one step of the optimizer", type=_positive, metavar="N"
+    )
     epochs: int = _setting(12, "passes over the data", type=_positive, metavar="N")
     opt: str = _setting("sgd", "optimizer", binds=COURSE, choices=["sgd", "sgd_nesterov", "adamw"])
     lr: float = _setting(
@@ -135,6 +149,20 @@ class TrainingConfig:
         1 / 3, "share of lr that the warm-up starts from", binds=COURSE, type=_number(float, 1e-6, 1)
     )
     clip_grad_norm: float = _setting(35.0, "largest norm of the gradient; 0: any", binds=COURSE, type=_amount)
+    ema: float | None = _setting(
+        None,
+        "evaluate and keep an exponential moving average of the weights, too, with this decay, e.g. 0.9998",
+        binds=COURSE,
+        type=_number(float, 0, 1),
+        metavar="DECAY",
+    )
+    patience: int | None = _setting(None, "end after N epochs without a higher AP", type=_positive, metavar="N")
+    max_skipped_steps: int = _setting(
+        10,
+        "steps of an epoch that may be skipped because a loss or gradient is not finite",
+        type=_not_negative,
+        metavar="N",
+    )
     amp: str | None = _setting(
         None,
         "mixed precision; without a value fp16",
@@ -155,13 +183,31 @@ class RunConfig:
     output_dir: Path = _setting(None, "default: a new folder in runs/, or that of --resume", type=Path)
     resume: Path | None = _setting(
         None,
-        "checkpoint to continue from, or with --test-only to evaluate; its settings replace the defaults",
+        "checkpoint to continue from, or with --test-only to evaluate; its settings replace the defaults. auto: that "
+        "of --output-dir, if there is one",
         type=Path,
-        metavar="FILE",
+        metavar="FILE|auto",
+    )
+    checkpoint_steps: int | None = _setting(
+        None, "also save every N steps of the optimizer", type=_positive, metavar="N"
+    )
+    checkpoint_minutes: float | None = _setting(
+        None, "also save when the last checkpoint is M minutes old", type=_amount, metavar="M"
     )
     start_epoch: int = _setting(0, "epoch to start counting from", "--start_epoch", type=_not_negative, metavar="N")
     test_only: bool = _setting(False, "evaluate, do not train")
     check_data: bool = _setting(False, "report on the data and its faults, do not train")
+    dry_run: bool = _setting(False, "train, save, continue, evaluate and predict on a few images, then end")
+    replay: Path | None = _setting(
+        None, "repeat a step that was skipped, from the file that was saved of it", type=Path, metavar="FILE"
+    )
+    limit_batches: int | None = _setting(
+        None,
+        "steps of an epoch and batches of an evaluation at most, to try things out",
+        binds=COURSE,
+        type=_positive,
+        metavar="N",
+    )
     print_freq: int = _setting(20, "iterations between reports", type=_positive, metavar="N")
     tensorboard: bool = _setting(False, "also log metrics and the IoUs of sampled negatives for TensorBoard")
     coco_backend: str = _setting("faster-coco-eval", "computes AP", choices=["faster-coco-eval", "pycocotools"])
@@ -183,9 +229,12 @@ class Config:
 
         Raises:
             TypeError: for a name that no setting has.
+            ValueError: for a value that the flag of the setting would not take.
         """
         if unknown := values.keys() - setting_fields().keys():
             raise TypeError(f"no setting is called {min(unknown)!r}")
+        for name, value in values.items():
+            check_value(setting_fields()[name], value)
         groups = {group.name: group.type for group in fields(cls)}
         return cls(**{name: make(**_part(values, make)) for name, make in groups.items()})  # type: ignore[operator]
 
@@ -196,6 +245,11 @@ class Config:
     def plain(self) -> dict[str, Any]:
         """As :meth:`values`, of types that JSON and ``torch.load(weights_only=True)`` have."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in self.values().items()}
+
+
+def images_per_step(config: Config) -> int:
+    """The images of one step of the optimizer, of all processes together."""
+    return config.training.batch_size * config.training.accumulation_steps * distributed.announced_world_size()
 
 
 def setting_fields() -> dict[str, Any]:

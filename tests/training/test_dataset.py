@@ -1,60 +1,11 @@
-from collections import Counter
-
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from balanced_learning.training.data.augmentation import augmentation
-from balanced_learning.training.data.batching import AspectRatioBatchSampler
 from balanced_learning.training.data.coco import read_split
 from balanced_learning.training.data.dataset import DetectionDataset
 from balanced_learning.training.errors import UserError
-
-
-def sampler(ratios, batch_size, **options):
-    return AspectRatioBatchSampler(np.array(ratios), batch_size, **{"group_factor": 3, "seed": 0, **options})
-
-
-RATIOS = [0.4, 0.75, 1.0, 1.33, 1.78, 2.5] * 9
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 5, 100])
-def test_every_image_comes_once_an_epoch(batch_size):
-    batches = list(sampler(RATIOS, batch_size))
-    assert sorted(index for batch in batches for index in batch) == list(range(len(RATIOS)))
-    assert len(batches) == len(sampler(RATIOS, batch_size))
-    assert sum(len(batch) < batch_size for batch in batches) <= 1
-
-
-def test_batches_hold_images_of_one_group_as_far_as_they_fill():
-    batches = list(sampler(RATIOS, 3))
-    assert all(len({RATIOS[i] for i in batch}) == 1 for batch in batches)
-    mixed = list(sampler(RATIOS, 3, group_factor=-1))
-    assert any(len({RATIOS[i] for i in batch}) > 1 for batch in mixed)
-
-
-def test_order_follows_from_seed_and_epoch():
-    one, other = sampler(RATIOS, 4), sampler(RATIOS, 4)
-    assert list(one) == list(other)
-    other.epoch = 1
-    assert list(one) != list(other)
-    one.epoch = 1
-    assert list(one) == list(other)
-    assert list(sampler(RATIOS, 4)) != list(sampler(RATIOS, 4, seed=1))
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 8])
-def test_processes_share_the_images_and_have_as_many_batches(world_size):
-    shares = [sampler(RATIOS, 4, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert len({len(list(share)) for share in shares} | {len(share) for share in shares}) == 1
-    seen = Counter(i for share in shares for batch in share for i in batch)
-    assert set(seen) == set(range(len(RATIOS)))
-    assert sum(seen.values()) - len(RATIOS) < world_size
-
-
-def test_fewer_images_than_processes_still_give_each_a_batch():
-    assert [list(sampler([1.0], 2, rank=rank, world_size=4)) for rank in range(4)] == [[[0]]] * 4
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK"])

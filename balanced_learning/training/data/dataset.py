@@ -1,7 +1,7 @@
 """Images and targets for torchvision's detectors."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +12,68 @@ from torchvision.transforms import v2
 
 from balanced_learning.training import randomness
 from balanced_learning.training.data.coco import Split
-from balanced_learning.training.errors import UserError
+from balanced_learning.training.errors import UserError, printable
 
 Target = dict[str, Any]
 Sample = tuple[Tensor, Target]
+
+TRIES = 100  # images in a row, of which none can be read
+
+# What an image may make of a transform. TypeError, KeyError and their like are faults of the program.
+_FAULTS = (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError)
+
+
+class Share(NamedTuple):
+    """What a process loads of the images of a step.
+
+    Attributes:
+        indices: of its images in the data set.
+        images: number of images that all processes load together.
+        step: of the epoch.
+        is_filler: whether its image belongs to another process.
+    """
+
+    indices: list[int]
+    images: int
+    step: int
+    is_filler: bool = False
+
+
+class Batch(NamedTuple):
+    """What a process has loaded of the images of a step.
+
+    Attributes:
+        images: tensors [3, H, W].
+        targets: of the images.
+        of: number of images that all processes load together.
+        is_filler: whether the image belongs to another process, so that its loss is to count nothing here.
+        replaced: a line for each image that could not be read. In training others are there in their place.
+        step: of the epoch.
+    """
+
+    images: list[Tensor]
+    targets: list[Target]
+    of: int
+    is_filler: bool
+    replaced: list[str]
+    step: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on a device."""
+
+        def moved(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        targets = [{name: moved(value) for name, value in target.items()} for target in self.targets]
+        return self._replace(images=[moved(image) for image in self.images], targets=targets)
+
+    def parts(self, size: int) -> list["Batch"]:
+        """Batches of so many of the images, the last of those that are left."""
+        starts = range(0, len(self.images), size)
+        return [self._replace(images=self.images[i : i + size], targets=self.targets[i : i + size]) for i in starts]
+
+    def image_ids(self) -> list[int]:
+        return [target["image_id"] for target in self.targets]
 
 
 class DetectionDataset(Dataset):
@@ -29,6 +87,8 @@ class DetectionDataset(Dataset):
         positions: those of the images to take, by default all.
         transforms: of torchvision's v2 family, applied to image and target together.
         seed: of the augmentation.
+        unreadable: what becomes of an image of a batch that cannot be read: ``"raise"`` an error, ``"replace"`` it by
+            the next one in the data set that can be, or ``"leave out"``.
 
     Attributes:
         epoch (int): the epoch to augment for, 0 at first.
@@ -41,6 +101,7 @@ class DetectionDataset(Dataset):
         positions: Sequence[int] | np.ndarray | None = None,
         transforms: Any = None,
         seed: int = 0,
+        unreadable: Literal["raise", "replace", "leave out"] = "raise",
     ) -> None:
         self.split = split
         self.label_of = label_of
@@ -49,30 +110,56 @@ class DetectionDataset(Dataset):
             [transforms or v2.Identity(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
         )
         self.seed = seed
+        self.unreadable = unreadable
         self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __getitem__(self, index: int) -> Sample:
-        position = int(self.positions[index])
-        image_id = self.split.images[position]["id"]
-        image = tv_tensors.Image(self.split.load_image(position))
-        boxes, category_ids = self.split.truth(position)
-        xywh = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=image.shape[-2:], dtype=torch.float32)
-        target = {
-            "boxes": v2.functional.clamp_bounding_boxes(
-                v2.functional.convert_bounding_box_format(xywh, new_format="XYXY")
-            ),
-            "labels": torch.tensor([self.label_of[i] for i in category_ids.tolist()], dtype=torch.int64),
-            "image_id": image_id,
-        }
-        with randomness.seeded(self.seed, "augmentation", self.epoch, image_id):
-            return self.transforms(image, target)
+        """Loads an image.
 
-    def __getitems__(self, indices: list[int]) -> list[Sample] | UserError:
-        """Returns the samples of a batch, or the error: raised in a loader process, it would lose its type."""
+        Raises:
+            UserError: if it cannot be decoded, has changed since it was checked, or makes a transform fail.
+        """
+        position = int(self.positions[index])
+        pixels = self.split.load_image(position)
+        image_id = self.split.images[position]["id"]
+        boxes, category_ids = self.split.truth(position)
+        labels = torch.tensor([self.label_of[i] for i in category_ids.tolist()], dtype=torch.int64)
         try:
-            return [self[index] for index in indices]
+            image = tv_tensors.Image(pixels)
+            xywh = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=image.shape[-2:], dtype=torch.float32)
+            xyxy = v2.functional.convert_bounding_box_format(xywh, new_format="XYXY")
+            target = {"boxes": v2.functional.clamp_bounding_boxes(xyxy), "labels": labels, "image_id": image_id}
+            with randomness.seeded(self.seed, "augmentation", self.epoch, image_id):
+                return self.transforms(image, target)
+        except _FAULTS as error:
+            path = self.split.image_dir / self.split.images[position]["file_name"]
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(f"{printable(path)} cannot be augmented ({printable(reason)})") from error
+
+    def __getitems__(self, share: Share) -> Batch | UserError:
+        """Returns a batch, or the error: raised in a loader process, it would lose its type."""
+        unread: list[str] = []
+        try:
+            samples = [sample for index in share.indices if (sample := self._next_readable(index, unread))]
         except UserError as error:
             return error
+        replaced = [] if share.is_filler else unread  # the image's own process tells of it
+        images, targets = [image for image, _ in samples], [target for _, target in samples]
+        return Batch(images, targets, share.images, share.is_filler, replaced, share.step)
+
+    def _next_readable(self, index: int, unread: list[str]) -> Sample | None:
+        """The image, or what comes in its place; adds a line to ``unread`` for each that cannot be read."""
+        tries = min(TRIES, len(self)) if self.unreadable == "replace" else 1
+        for i in range(index, index + tries):
+            try:
+                return self[i % len(self)]
+            except UserError as error:
+                if self.unreadable == "raise":
+                    raise
+                unread.append(str(error))
+        if self.unreadable == "leave out":
+            return None
+        raise UserError(f"{self.split.json_file}: none of {tries} images in a row can be read: {unread[-tries]}, ...")

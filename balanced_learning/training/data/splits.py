@@ -22,6 +22,7 @@ NAMES = ("train2017", "val2017")
 def read_splits(config: Config) -> tuple[Split, Split]:
     """Reads the images to train on and those to evaluate; without ``data_path`` they are drawn.
 
+    With ``limit_batches``, the images to evaluate are the first ones, as many as its batches of all processes hold.
     With ``check_data``, every image is decoded, and a report is printed.
 
     Raises:
@@ -42,6 +43,8 @@ def read_splits(config: Config) -> tuple[Split, Split]:
     _check_resizing(train, train.has_boxes() | config.data.keep_empty, config.model, config.data.data_augmentation)
     _check_resizing(val, np.ones(len(val.images), bool), config.model)
     _tell_unlearned_categories(train, val)
+    if config.run.limit_batches is not None:
+        val = val.first(config.run.limit_batches * distributed.world_size())
     return train, val
 
 
@@ -95,7 +98,9 @@ def _tell_unlearned_categories(train: Split, val: Split) -> None:
 
 def _drawn() -> Path:
     """The folder of the shapes, which the main process alone draws."""
-    if distributed.is_main():
-        shapes_dataset()
-    distributed.barrier()
+    try:
+        if distributed.is_main():
+            shapes_dataset()
+    finally:
+        distributed.barrier()  # the others wait there, whatever becomes of the drawing
     return shapes_dataset()

@@ -1,0 +1,62 @@
+"""Processes that load data: deaf to the signals that are meant for the main one, and gone when it needs them no more.
+
+A terminal and a batch system signal all processes of a group or job. The main process answers by finishing its step,
+for which it needs its loaders.
+"""
+
+import atexit
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+from balanced_learning import _torch_private
+
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+
+
+def ignore_signals(worker: int) -> None:
+    """Makes a loader process deaf; for the ``worker_init_fn`` of a ``DataLoader``."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # which also forgets those that are pending
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def loading(start: Callable[[], Iterator[Any]]) -> Generator[Any, None, None]:
+    """Yields what the iterator of a ``DataLoader`` does, and ends its processes however that stops.
+
+    That includes the end of the program: as they ignore SIGTERM, ``multiprocessing`` would wait for them for ever.
+
+    Args:
+        start: makes the iterator, and with it the processes.
+    """
+    before = multiprocessing.active_children()
+    processes: list[Any] = []
+    batches: Iterator[Any] = iter(())
+    main = os.getpid()
+
+    def end() -> None:
+        nonlocal batches
+        if os.getpid() != main:  # a copy that a fork made
+            return
+        _torch_private.end_loading(batches)
+        batches = iter(())  # frees the other
+        for process in processes:
+            if process.is_alive():  # stuck, say in a file that cannot be reached
+                process.kill()
+                process.join()
+
+    atexit.register(end)
+    try:
+        # A new process has the signals blocked until it ignores them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            batches = start()
+        finally:
+            processes += [process for process in multiprocessing.active_children() if process not in before]
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        yield from batches
+    finally:
+        end()
+        atexit.unregister(end)
