@@ -74,6 +74,8 @@ def test_without_data_it_draws_trains_evaluates_and_reports(tmp_path, monkeypatc
         "args.json",
         "checkpoint.pth",
         "checkpoint_best.pth",
+        "checkpoint_previous.pth",
+        ".lock",
         "metrics.jsonl",
         "evaluation_00.json",
         "evaluation_00.png",
