@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             config, checkpoint = read_command_line(make_parser(__doc__).parse_args(argv))
             if config.run.dry_run:
-                dry_run(config, lambda *settings: start(*settings, signals))
+                dry_run(config, lambda config, checkpoint: start(config, checkpoint, signals))
             else:
                 start(config, checkpoint, signals)
         except UserError as error:

@@ -26,6 +26,7 @@ from balanced_learning.training.config import (
     setting_fields,
 )
 from balanced_learning.training.errors import UserError
+from balanced_learning.training.opening import open_file
 from balanced_learning.training.weights import are_torchvisions
 
 
@@ -95,12 +96,16 @@ def read_recipe(name: str) -> dict[str, Any]:
         UserError: for an unknown name, a file that is no recipe, a table or setting that does not exist, a bad value.
     """
     own = {file.name.removesuffix(".toml"): file for file in _recipes().iterdir() if file.name.endswith(".toml")}
-    file = own.get(name, Path(name))
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        if name in own:
+            text = own[name].read_text(encoding="utf-8")
+        else:
+            with open_file(Path(name)) as file:
+                text = file.read().decode()
+        content = tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"--recipe {name}: no such file, and the library's are {', '.join(sorted(own))}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise UserError(f"--recipe {name}: cannot be read ({error})") from None
     parser = make_parser()
     parser.error = lambda message: _refuse(f"--recipe {name}: {message}")  # type: ignore[method-assign,assignment,return-value]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from balanced_learning.training import distributed
+from balanced_learning.training.setting_values import check_value
 
 PAPER_IMAGES = 16  # images an iteration, to which the paper's learning rates belong
 PAPER_LR = {"libra_fasterrcnn": 0.02, "libra_retinanet": 0.01}
@@ -228,9 +229,12 @@ class Config:
 
         Raises:
             TypeError: for a name that no setting has.
+            ValueError: for a value that the flag of the setting would not take.
         """
         if unknown := values.keys() - setting_fields().keys():
             raise TypeError(f"no setting is called {min(unknown)!r}")
+        for name, value in values.items():
+            check_value(setting_fields()[name], value)
         groups = {group.name: group.type for group in fields(cls)}
         return cls(**{name: make(**_part(values, make)) for name, make in groups.items()})  # type: ignore[operator]
 

@@ -1,5 +1,6 @@
 """The error that is the user's to mend, and the warning."""
 
+import reprlib
 import sys
 
 
@@ -19,3 +20,11 @@ def warn(message: str) -> None:
 def printable(text: object) -> str:
     """The text on one line, for a message: characters that steer a terminal, or that no stream takes, are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def shown(value: object) -> str:
+    """What a file holds in place of what it should, on one short line, whatever it is."""
+    try:
+        return printable(reprlib.repr(value))[:80]
+    except Exception:  # a number too long to be written, an object that cannot say what it is
+        return f"a {type(value).__name__}"

@@ -142,7 +142,8 @@ def _is_later(existing: Path, checkpoint: Checkpoint) -> bool:
     except UserError as error:
         warn(f"{error}; the run goes on from {checkpoint.path}")
         return False
-    return found.epoch > checkpoint.epoch
+    here, there = checkpoint.position, found.position
+    return (there.epoch, there.step) > (here.epoch, here.step)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """The order of an epoch, its shares, and what is loaded of them."""
 
-
 import numpy as np
 import pytest
 

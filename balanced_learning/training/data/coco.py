@@ -72,7 +72,7 @@ class Split:
     def file_of(self, image_id: int) -> Path:
         """The file of an image."""
         (position,) = np.flatnonzero(self.columns.image_ids == image_id)
-        return self.image_dir / self.images[position]["file_name"]
+        return self.image_dir / self.images[int(position)]["file_name"]
 
     def load_image(self, position: int) -> Image.Image:
         """An image as its annotations see it, RGB.

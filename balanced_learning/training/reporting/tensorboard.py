@@ -14,7 +14,7 @@ from balanced_learning.training.run import Run
 
 
 class TensorBoard:
-    """Writes event files into the folder of a run, and observes the second stage's sampler of its model, if there is one."""
+    """Writes event files into the folder of a run, and observes the sampler of its second stage, if it has one."""
 
     def __init__(self, run: Run) -> None:
         try:
