@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import _reference_loop
 from _common import environment, markdown, parser, write
@@ -135,6 +136,7 @@ def loops(config: Config) -> dict[str, Epoch]:
 
     def reference() -> tuple[Any, Any, Any, Callable[[], None]]:
         copy, precision = deepcopy(model), Precision(training.amp, device)
+        copy.transform.__class__ = GeneralizedRCNNTransform  # torchvision's own
         parameters = [parameter for parameter in copy.parameters() if parameter.requires_grad]
         if training.opt == "adamw":
             optimizer: Any = torch.optim.AdamW(parameters, training.lr, weight_decay=training.weight_decay)
