@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader, RandomSampler, Sampler, Subset
 from torchvision.datasets import CocoDetection
-from torchvision.transforms import functional as F  # noqa: N812
+from torchvision.transforms import functional as F
 
 Target = dict[str, Any]
 
