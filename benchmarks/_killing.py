@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "train_torchvision_libra.py"
 PATIENCE = 60  # seconds until a process that was signalled must have ended, and what it started, too
 
+_POLL = 0.005  # seconds
 _PROGRESS = re.compile(r"^(epoch|evaluation)[ \d]*\[ *(\d+)/(\d+)\]", re.MULTILINE)
 
 
@@ -101,18 +102,18 @@ class Watched:
             if reached is None and len(self.progress()) >= moment.lines:
                 reached = now
             if reached is None:
-                time.sleep(0.002)
+                time.sleep(_POLL)
                 continue
             if not moment.saves:
                 if now >= reached + moment.delay:
                     return True
-                time.sleep(0.001)
+                time.sleep(_POLL)
                 continue
             files = self.unfinished()
             seen, before = seen + len(files - before), files
             if seen >= moment.saves:
                 return True
-            time.sleep(0.0002)
+            time.sleep(0.001)
         return False
 
     def place(self) -> str:
@@ -173,14 +174,14 @@ def watch(run: Watched) -> list[float]:
     while run.process.poll() is None:
         now = time.perf_counter() - start
         times += [now] * (len(run.progress()) - len(times))
-        time.sleep(0.002)
+        time.sleep(_POLL)
     return [*times, time.perf_counter() - start]
 
 
 def _wait(ask: Callable[[], Any], is_right: Callable[[Any], bool]) -> Any:
     start = time.perf_counter()
     while not is_right(answer := ask()) and time.perf_counter() < start + PATIENCE:
-        time.sleep(0.01)
+        time.sleep(0.05)
     return answer
 
 
