@@ -24,6 +24,8 @@ import torch
 from balanced_learning import _torch_private
 from balanced_learning.training.data.batching import DetectionLoader, OneByOne
 
+multiprocessing.set_start_method("forkserver")  # the default of Python 3.14
+
 class Slow:
     def __getitems__(self, share):
         time.sleep(0.02)
