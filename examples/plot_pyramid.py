@@ -21,11 +21,11 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from balanced_learning import BalancedFeaturePyramid
-from balanced_learning.training.checkpoint import make_folder
 from balanced_learning.training.command_line import make_parser, read_command_line
 from balanced_learning.training.data.images import load_image
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.inference import detector_and_images
+from balanced_learning.training.output_folder import find_folder
 from balanced_learning.training.reporting.figures import save_pyramid
 
 
@@ -44,7 +44,7 @@ def run(given: argparse.Namespace) -> None:
     config, checkpoint = read_command_line(given, trains=False)
     if not config.model.pyramid:
         raise UserError("--no-pyramid: there is no pyramid to draw")
-    make_folder(config.run.output_dir)
+    folder = find_folder(config)
     model, dataset = detector_and_images(config, checkpoint)
     if given.image:
         image, boxes = _read(given.image), torch.empty(0, 4)
@@ -57,7 +57,6 @@ def run(given: argparse.Namespace) -> None:
         size = " x ".join(map(str, image.shape[:0:-1]))
         name = given.image or "the first image"
         raise UserError(f"{name}: nothing can be drawn of {size} pixels ({str(error).splitlines()[0]})") from None
-    folder = config.run.output_dir
     neck = "PAFPN" if config.model.path_aggregation else "FPN"
     save_pyramid(folder / "pyramid.png", image, boxes, averages, levels, neck)
     print(f"wrote pyramid.png to {folder}")

@@ -24,10 +24,10 @@ from balanced_learning.detection.imbalance import (
     negative_iou_shares,
 )
 from balanced_learning.training import randomness
-from balanced_learning.training.checkpoint import make_folder
 from balanced_learning.training.command_line import make_parser, read_command_line
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.inference import detector_and_images
+from balanced_learning.training.output_folder import find_folder
 from balanced_learning.training.reporting.figures import save_iou_shares, save_sampled_boxes
 
 INTERVALS = 10  # of the histogram, or more: it cuts every bin into equally many
@@ -48,7 +48,7 @@ def run(given: argparse.Namespace) -> None:
         raise UserError(f"--model {config.model.model}: it trains on all anchors and samples none")
     if not config.model.sampler:
         raise UserError("--no-sampler: there is no IoU-balanced sampling to draw")
-    make_folder(config.run.output_dir)
+    folder = find_folder(config)
     model, dataset = detector_and_images(config, checkpoint)
     device = next(model.parameters()).device
     samples = [dataset[i] for i in range(len(dataset))]
@@ -62,7 +62,6 @@ def run(given: argparse.Namespace) -> None:
     edges = interval_edges(balanced, at_least=INTERVALS)
     shares = negative_iou_shares(proposals, balanced, random, edges=edges, draws=DRAWS)
     print(table(shares, edges))
-    folder = config.run.output_dir
     save_iou_shares(folder / "sampling_ious.png", shares, edges, bin_edges(balanced))
     shown = proposals[:SHOWN_IMAGES]
     masks = {

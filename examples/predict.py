@@ -17,13 +17,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from balanced_learning.training import load_detector
-from balanced_learning.training.checkpoint import make_folder
+from balanced_learning.training import files, load_detector
 from balanced_learning.training.data.image_files import find_images, picture_files
 from balanced_learning.training.distributed import find_device
-from balanced_learning.training.errors import UserError, printable, warn
+from balanced_learning.training.errors import UserError, warn
 from balanced_learning.training.inference import Prediction, predict_files
-from balanced_learning.training.reporting.metrics import write_whole
+from balanced_learning.training.output_folder import make_folder
 from balanced_learning.training.reporting.pictures import detection_marks, draw_marks
 
 
@@ -46,15 +45,15 @@ def run(options: argparse.Namespace) -> None:
     if not 0 <= options.score <= 1:
         raise UserError(f"--score {options.score:g}: must be from 0 to 1")
     folder = options.output_dir or options.checkpoint.parent / "predictions"
-    files = find_images(options.paths, folder)
-    pictures = picture_files(files, folder)
+    images = find_images(options.paths, folder)
+    pictures = picture_files(images, folder)
     detector = load_detector(options.checkpoint, find_device(options.device))
     make_folder(folder)
 
     records: list[dict[str, Any]] = []
     interrupted, num_unread = False, 0
     try:
-        for prediction, picture in zip(predict_files(detector, files, options.score), pictures, strict=True):
+        for prediction, picture in zip(predict_files(detector, images, options.score), pictures, strict=True):
             if isinstance(prediction, UserError):
                 num_unread += 1
                 with tqdm.external_write_mode():  # not into the line of the progress bar
@@ -67,34 +66,29 @@ def run(options: argparse.Namespace) -> None:
     finally:
         write_records(folder / "predictions.json", records)
 
-    if num_unread == len(files):
+    if num_unread == len(images):
         raise UserError(f"no image could be read, of {num_unread}")
     num_found = sum(len(record["boxes"]) for record in records)
     print(f"images: {len(records)}; objects: {num_found} with a score of {options.score:g} or more")
     if not num_found:
         print("nothing is that sure; --score takes a lower one")
     if num_unread:
-        print(f"left out: {num_unread} of {len(files)} images, which the warnings name")
+        print(f"left out: {num_unread} of {len(images)} images, which the warnings name")
     print(f"wrote the pictures and predictions.json to {folder}")
     if interrupted:
-        sys.exit(f"stopped after {len(records) + num_unread} of {len(files)} images")
+        sys.exit(f"stopped after {len(records) + num_unread} of {len(images)} images")
 
 
 def save_picture(path: Path, prediction: Prediction, names: dict[int, str]) -> None:
     drawn = draw_marks(prediction.image, detection_marks(prediction.found, names))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        drawn.save(path, quality=92, subsampling=0)
-    except OSError as error:
-        raise UserError(f"{printable(path)}: cannot be written ({error.strerror or error})") from None
+    files.make_folder(path.parent)
+    form = "PNG" if path.suffix.lower() == ".png" else "JPEG"
+    files.write_whole(path, lambda file: drawn.save(file, form, quality=92, subsampling=0))
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
-    """A line an image; whole, or not at all."""
-    try:
-        write_whole(path, "[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    """A line an image."""
+    files.write_text(path, "[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The command line: a flag for every setting, over the settings of a checkpoint or of a recipe."""
 
 import argparse
-import os
 import sys
 from dataclasses import Field, fields
 from importlib import resources
@@ -15,6 +14,7 @@ else:
 
 from balanced_learning.training.checkpoint import Checkpoint
 from balanced_learning.training.config import (
+    AUTO,
     COURSE,
     MODEL,
     PAPER_IMAGES,
@@ -22,9 +22,11 @@ from balanced_learning.training.config import (
     Config,
     ModelConfig,
     flag_of,
+    images_per_step,
     setting_fields,
 )
 from balanced_learning.training.errors import UserError
+from balanced_learning.training.opening import open_file
 from balanced_learning.training.weights import are_torchvisions
 
 
@@ -74,9 +76,10 @@ def read_command_line(given: argparse.Namespace, *, trains: bool = True) -> tupl
             each other.
     """
     flags = {name: _frozen(value) for name, value in vars(given).items() if name in setting_fields()}
-    recipe = getattr(given, "recipe", None if flags.keys() & {"data_path", "resume"} else "shapes")
+    has_data = "data_path" in flags or flags.get("resume", AUTO) != AUTO or "replay" in flags
+    recipe = getattr(given, "recipe", None if has_data else "shapes")
     chosen = (read_recipe(recipe) if recipe else {}) | flags
-    checkpoint = _read_checkpoint(chosen["resume"]) if "resume" in chosen else None
+    checkpoint = _find_checkpoint(chosen)
     if checkpoint:
         _check_agreement(chosen, checkpoint, trains and not chosen.get("test_only", False))
         of_machine = {name: setting_fields()[name].default for name in ("device", "dist_url")}
@@ -93,12 +96,16 @@ def read_recipe(name: str) -> dict[str, Any]:
         UserError: for an unknown name, a file that is no recipe, a table or setting that does not exist, a bad value.
     """
     own = {file.name.removesuffix(".toml"): file for file in _recipes().iterdir() if file.name.endswith(".toml")}
-    file = own.get(name, Path(name))
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        if name in own:
+            text = own[name].read_text(encoding="utf-8")
+        else:
+            with open_file(Path(name)) as file:
+                text = file.read().decode()
+        content = tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"--recipe {name}: no such file, and the library's are {', '.join(sorted(own))}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise UserError(f"--recipe {name}: cannot be read ({error})") from None
     parser = make_parser()
     parser.error = lambda message: _refuse(f"--recipe {name}: {message}")  # type: ignore[method-assign,assignment,return-value]
@@ -143,10 +150,18 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _read_checkpoint(path: Path) -> Checkpoint:
-    if not path.is_file():
-        raise UserError(f"--resume {path}: no such file")
-    return Checkpoint.load(path)
+def _find_checkpoint(chosen: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint that the flags name, or that ``--resume auto`` finds."""
+    if "replay" in chosen:
+        return Checkpoint.load(chosen["replay"])
+    if "resume" not in chosen:
+        return None
+    path = chosen["resume"]
+    if path != AUTO:
+        return Checkpoint.to_continue(path)
+    if "output_dir" not in chosen:
+        raise UserError("--resume auto: pass the folder that it is to look in, --output-dir")
+    return Checkpoint.newest(chosen["output_dir"])
 
 
 def _check_agreement(chosen: dict[str, Any], checkpoint: Checkpoint, trains: bool) -> None:
@@ -154,7 +169,7 @@ def _check_agreement(chosen: dict[str, Any], checkpoint: Checkpoint, trains: boo
     before = checkpoint.config.values()
     binding = {MODEL, COURSE} if trains else {MODEL}
     if trains and chosen.get("start_epoch", 0):
-        raise UserError(f"--start-epoch {chosen['start_epoch']}: --resume goes on after epoch {checkpoint.epoch}")
+        raise UserError(f"--start-epoch {chosen['start_epoch']}: --resume goes on in epoch {checkpoint.position.epoch}")
     for name, value in chosen.items():
         setting = setting_fields()[name]
         is_schedule = trains and name == "epochs" and before["lr_scheduler"] == "cosineannealinglr"
@@ -187,21 +202,19 @@ def _settled(config: Config) -> Config:
         raise UserError("--momentum 0: --opt sgd_nesterov needs one")
     if run.test_only and not (run.resume or model.weights):
         raise UserError("--test-only: there are no trained weights; pass --resume or --weights")
+    if training.ema is not None and not 0 <= training.ema < 1:
+        raise UserError(f"--ema {training.ema:g}: a decay of 1 keeps the first weights for ever")
     values = config.values()
     if training.lr is None:
         values["lr"] = paper_lr(config)
-    if run.output_dir is None:
-        name = f"{model.model}-{data.data_path.resolve().name if data.data_path else 'shapes'}"
-        values["output_dir"] = _new_folder(name)
     if data.data_path:
         values["data_path"] = data.data_path.absolute()
     return Config.of(values)
 
 
 def paper_lr(config: Config) -> float:
-    """The paper's learning rate, scaled linearly with the images of an iteration of all processes."""
-    images = config.training.batch_size * _world_size()
-    return PAPER_LR[config.model.model] * images / PAPER_IMAGES
+    """The paper's learning rate, scaled linearly with the images of a step of all processes."""
+    return PAPER_LR[config.model.model] * images_per_step(config) / PAPER_IMAGES
 
 
 def lr_note(config: Config) -> str:
@@ -211,16 +224,5 @@ def lr_note(config: Config) -> str:
         return f"learning rate {lr:g}, as given"
     return (
         f"learning rate {lr:g}: {paper:g} for {PAPER_IMAGES} images an iteration, scaled linearly "
-        f"to {config.training.batch_size * _world_size()}; --lr sets another"
+        f"to {images_per_step(config)}; --lr sets another"
     )
-
-
-def _world_size() -> int:
-    """As torchrun announces it, for the processes may not have joined yet."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _new_folder(name: str) -> Path:
-    runs = Path("runs")
-    taken = {path.name for path in runs.iterdir()} if runs.is_dir() else set()
-    return runs / next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if n not in taken)

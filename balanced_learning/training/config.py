@@ -12,6 +12,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from balanced_learning.training import distributed
+from balanced_learning.training.setting_values import check_value
+
 PAPER_IMAGES = 16  # images an iteration, to which the paper's learning rates belong
 PAPER_LR = {"libra_fasterrcnn": 0.02, "libra_retinanet": 0.01}
 
@@ -180,8 +183,8 @@ class RunConfig:
     output_dir: Path = _setting(None, "default: a new folder in runs/, or that of --resume", type=Path)
     resume: Path | None = _setting(
         None,
-        "checkpoint to continue from, or with --test-only to evaluate; its settings replace the defaults. auto: that of "
-        "--output-dir, if there is one",
+        "checkpoint to continue from, or with --test-only to evaluate; its settings replace the defaults. auto: that "
+        "of --output-dir, if there is one",
         type=Path,
         metavar="FILE|auto",
     )
@@ -226,9 +229,12 @@ class Config:
 
         Raises:
             TypeError: for a name that no setting has.
+            ValueError: for a value that the flag of the setting would not take.
         """
         if unknown := values.keys() - setting_fields().keys():
             raise TypeError(f"no setting is called {min(unknown)!r}")
+        for name, value in values.items():
+            check_value(setting_fields()[name], value)
         groups = {group.name: group.type for group in fields(cls)}
         return cls(**{name: make(**_part(values, make)) for name, make in groups.items()})  # type: ignore[operator]
 
@@ -239,6 +245,11 @@ class Config:
     def plain(self) -> dict[str, Any]:
         """As :meth:`values`, of types that JSON and ``torch.load(weights_only=True)`` have."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in self.values().items()}
+
+
+def images_per_step(config: Config) -> int:
+    """The images of one step of the optimizer, of all processes together."""
+    return config.training.batch_size * config.training.accumulation_steps * distributed.announced_world_size()
 
 
 def setting_fields() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One process, or several started by torchrun, seen alike."""
+"""One process, or several started by torchrun or SLURM, seen alike."""
 
 import os
 from typing import Any
@@ -8,22 +8,34 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from balanced_learning.training.errors import UserError
+from balanced_learning.training.meeting import is_torchruns_store, meet_at_torchrun
+
+_host_group: Any = None  # of all processes, for what is exchanged on the CPU beside the gradients
 
 
 def start(device: str, dist_url: str) -> torch.device:
     """Joins the other processes, if there are any, and returns the device of this one.
 
     Raises:
-        UserError: for a device that torch cannot use.
+        UserError: for a device that torch cannot use, or processes that cannot meet.
     """
+    global _host_group
     device = find_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if announced_world_size() > 1:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if device == "cuda":
             torch.cuda.set_device(local_rank)
             device = f"cuda:{local_rank}"
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, init_method=dist_url)
+        try:
+            if dist_url == "env://" and is_torchruns_store():
+                store, own_rank, size = meet_at_torchrun()
+                dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
+            else:
+                dist.init_process_group(backend, init_method=dist_url)
+            _host_group = dist.new_group(backend="gloo")
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"--dist-url {dist_url}: the processes cannot meet ({_first_line(error)})") from None
     return torch.device(device)
 
 
@@ -38,13 +50,20 @@ def find_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {name}: {_first_line(error)}") from None
     return name
 
 
 def stop() -> None:
+    global _host_group
+    _host_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def announced_world_size() -> int:
+    """The number of processes that the launcher announces, for they may not have joined yet."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank() -> int:
@@ -71,18 +90,51 @@ def barrier() -> None:
         dist.barrier()
 
 
-def mean_over_processes(values: dict[str, Tensor]) -> dict[str, float]:
-    """Returns the mean of each scalar over the processes, which must hold the same names."""
-    stacked = torch.stack([value.float() for value in values.values()])
-    if dist.is_initialized():
-        dist.all_reduce(stacked)
-    return dict(zip(values, (stacked / world_size()).tolist(), strict=True))
+def gather(value: Any) -> list[Any]:
+    """The plain values or CPU tensors that the processes give, in their order, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value, group=_host_group)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """What the main process gives, on every process."""
+    return gather(value)[0]
 
 
 def union_over_processes(values: dict[Any, Any]) -> dict[Any, Any]:
     """Returns one dict with the entries of all processes, on every process; an entry that several hold counts once."""
-    if not dist.is_initialized():
-        return values
-    gathered: list[dict] = [{}] * world_size()
-    dist.all_gather_object(gathered, values)
-    return {key: value for part in gathered for key, value in part.items()}
+    return {key: value for part in gather(values) for key, value in part.items()}
+
+
+class Agreement:
+    """Numbers that the processes tell each other after every step without waiting: each call hears of the one before.
+
+    So all of them learn of a signal, or of a checkpoint that is due, at the same step. A process alone hears itself.
+    """
+
+    def __init__(self) -> None:
+        self._told: tuple[dict[str, float], Tensor, Any] | None = None
+
+    def exchange(self, **numbers: float) -> dict[str, float]:
+        """Tells the numbers, and returns the sums over all processes of those of the call before; zeros at first."""
+        if not dist.is_initialized():
+            return numbers
+        before = self.finish() or dict.fromkeys(numbers, 0.0)
+        sums = torch.tensor(list(numbers.values()), dtype=torch.float64)
+        self._told = (numbers, sums, dist.all_reduce(sums, group=_host_group, async_op=True))
+        return before
+
+    def finish(self) -> dict[str, float]:
+        """The sums of the last call, or nothing if they were returned."""
+        if self._told is None:
+            return {}
+        (names, sums, work), self._told = self._told, None
+        work.wait()
+        return dict(zip(names, sums.tolist(), strict=True))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

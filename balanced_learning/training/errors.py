@@ -1,10 +1,15 @@
 """The error that is the user's to mend, and the warning."""
 
+import reprlib
 import sys
 
 
 class UserError(Exception):
     """Bad input; the message names the file, the entry or the flag. Programs print it without a traceback."""
+
+
+class SharedError(UserError):
+    """An error that every process raises, of which the main one tells."""
 
 
 def warn(message: str) -> None:
@@ -15,3 +20,11 @@ def warn(message: str) -> None:
 def printable(text: object) -> str:
     """The text on one line, for a message: characters that steer a terminal, or that no stream takes, are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def shown(value: object) -> str:
+    """What a file holds in place of what it should, on one short line, whatever it is."""
+    try:
+        return printable(reprlib.repr(value))[:80]
+    except Exception:  # a number too long to be written, an object that cannot say what it is
+        return f"a {type(value).__name__}"

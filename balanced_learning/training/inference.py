@@ -1,6 +1,7 @@
 """Trained detectors, and their detections on a data set or on image files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,11 @@ from balanced_learning.training import distributed
 from balanced_learning.training.checkpoint import Checkpoint
 from balanced_learning.training.config import Config
 from balanced_learning.training.data.batching import DetectionLoader
-from balanced_learning.training.data.dataset import DetectionDataset
+from balanced_learning.training.data.dataset import Batch, DetectionDataset
 from balanced_learning.training.data.image_files import ImageFiles
 from balanced_learning.training.data.labels import class_name
 from balanced_learning.training.data.splits import read_splits
-from balanced_learning.training.errors import UserError, printable, warn
+from balanced_learning.training.errors import UserError, printable
 from balanced_learning.training.model import make_model
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.reporting.progress import Progress
@@ -67,21 +68,29 @@ def detector_and_images(config: Config, checkpoint: Checkpoint | None) -> tuple[
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, loader: DetectionLoader, precision: Precision, print_freq: int
+    model: nn.Module,
+    loader: DetectionLoader,
+    precision: Precision,
+    print_freq: int,
+    after_batch: Callable[[Batch | None], None] = lambda _: None,
 ) -> dict[int, dict[str, Tensor]]:
-    """Returns the detections of each image by its id, of all processes, on the CPU."""
+    """Returns the detections of each image by its id, of all processes, on the CPU.
+
+    ``after_batch`` is called equally often on every process: with ``None`` where it has no batch left.
+    """
     model.eval()
     progress = Progress("evaluation", print_freq, is_main=distributed.is_main())
+    rounds = max(distributed.gather(len(loader)))
     detections = {}
-    for batch in progress.over(loader, status=lambda: ""):
-        for line in batch.replaced:
-            warn(line)
-        if not batch.images:
-            continue
-        with precision():
-            outputs = model([image.to(precision.device) for image in batch.images])
-        for target, output in zip(batch.targets, outputs, strict=True):
-            detections[target["image_id"]] = {name: value.float().cpu() for name, value in output.items()}
+    with closing(iter(loader)) as batches:
+        for batch in progress.over(batches, len(loader), images=distributed.world_size()):
+            with precision():
+                outputs = model(batch.to(precision.device).images) if batch.images else []
+            for image_id, output in zip(batch.image_ids(), outputs, strict=True):
+                detections[image_id] = {name: value.float().cpu() for name, value in output.items()}
+            after_batch(batch)
+    for _ in range(rounds - len(loader)):
+        after_batch(None)
     return distributed.union_over_processes(detections)
 
 
@@ -112,7 +121,7 @@ def predict_files(detector: nn.Module, files: Sequence[Path], score_thresh: floa
     """
     device = next(detector.parameters()).device
     progress = Progress("prediction", print_freq=20)
-    for file, image in zip(files, progress.over(ImageFiles(files), status=lambda: ""), strict=True):
+    for file, image in zip(files, progress.over(ImageFiles(files), len(files)), strict=True):
         if isinstance(image, UserError):
             yield image
             continue

@@ -1,101 +1,138 @@
-"""One epoch of training."""
+"""One epoch of training and its evaluation, and what may come between two batches."""
 
-import math
 import time
+from contextlib import closing
 from typing import Any
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor
 
-from balanced_learning.training import distributed, randomness
-from balanced_learning.training.config import Config
+from balanced_learning.training import distributed
+from balanced_learning.training.config import images_per_step
 from balanced_learning.training.data.batching import DetectionLoader
-from balanced_learning.training.errors import UserError, warn
-from balanced_learning.training.optimization import Precision, update
+from balanced_learning.training.errors import SharedError, warn
+from balanced_learning.training.faults import Fault
+from balanced_learning.training.inference import predict
 from balanced_learning.training.reporting.progress import Progress
+from balanced_learning.training.run import HINTS, Run
+from balanced_learning.training.signals import Stopped, StopSignals
+from balanced_learning.training.step import Stepper
 
 
-def train_one_epoch(
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    loader: DetectionLoader,
-    precision: Precision,
-    config: Config,
-    epoch: int,
-) -> dict[str, float]:
-    """Trains on every batch of the loader once.
+class Loop:
+    """The loops over the batches of an epoch and of its evaluation.
 
-    Losses stay on the device between two reports, so that the GPU is not waited for.
-
-    Returns:
-        dict: the mean of each loss and of their sum ``loss``, the last ``lr``, ``images_per_second`` and ``seconds``.
-
-    Raises:
-        UserError: if a loss or a weight is not finite, or batch norm cannot train on a batch.
+    Between two batches it saves if that is due, ends the run on a signal, tells of images that could not be read and of
+    steps that were left out, and counts them; all processes do so at the same batch.
     """
-    model.train()
-    loader.set_epoch(epoch)
-    progress = Progress(f"epoch {epoch}", config.run.print_freq, is_main=distributed.is_main())
-    start, num_images = time.perf_counter(), 0
-    total: dict[str, Tensor] = {}
-    batches = progress.over(loader, status=lambda: _status(total, optimizer))
-    for batch in batches:
-        for line in batch.replaced:
+
+    def __init__(
+        self, run: Run, train_loader: DetectionLoader, val_loader: DetectionLoader, signals: StopSignals
+    ) -> None:
+        self.run = run
+        self.train_loader = train_loader
+        self.val_loader = val_loader
+        self.signals = signals
+        self.stepper = Stepper(run)
+        self.agreement = distributed.Agreement()
+        self._is_stopping = False  # as all processes know
+        self._told: set[str] = set()  # the lines about images that cannot be read
+        self._unreadable = 0  # images, of all processes
+
+    def train_epoch(self) -> None:
+        """Trains the rest of the epoch, and saves.
+
+        Raises:
+            Stopped: after a signal; what was trained is saved.
+            SharedError: if too many images cannot be read, or too many steps were left out.
+        """
+        run = self.run
+        run.model.train()
+        run.start_clock()
+        self.train_loader.set_epoch(run.epoch, run.step)
+        progress = Progress(f"epoch {run.epoch}", run.config.run.print_freq, is_main=distributed.is_main())
+        with closing(iter(self.train_loader)) as batches:
+            images = images_per_step(run.config)
+            for batch in progress.over(batches, run.iterations, self._status, done=run.step, images=images):
+                self._report(self.stepper(batch))
+                is_save_due = self._hear(self._ask(batch.replaced, save=self._is_late()))
+                every = run.config.run.checkpoint_steps
+                is_save_due |= bool(every and (run.epoch * run.iterations + run.step) % every == 0)
+                if run.step < run.iterations and (is_save_due or self._is_stopping):
+                    self._save()
+                    self._stop_if_asked()
+        self._hear(self.agreement.finish())
+        self._save()
+        self._stop_if_asked()
+
+    def evaluate(self) -> dict[int, dict[str, Tensor]]:
+        """The detections of all processes, by the id of the image.
+
+        Raises:
+            Stopped: after a signal. The evaluation is made up when the run goes on.
+            SharedError: if too many images cannot be read.
+        """
+        model = self.run.evaluated
+        distributed.share_buffers(model)
+        run = self.run.config.run
+
+        def hear(batch: Any) -> None:
+            self._hear(self._ask(batch.replaced if batch else []))
+            self._stop_if_asked()
+
+        detections = predict(model, self.val_loader, self.run.precision, run.print_freq, after_batch=hear)
+        self._hear(self.agreement.finish())
+        self._stop_if_asked()
+        return detections
+
+    def _ask(self, unreadable: list[str], *, save: bool = False) -> dict[str, float]:
+        new = sorted(set(unreadable) - self._told)
+        self._told.update(new)
+        for line in new:
             warn(line)
-        randomness.seed_all(config.training.seed, "step", epoch, batch.step, distributed.rank())
-        images = [image.to(precision.device, non_blocking=True) for image in batch.images]
-        targets = [
-            {k: v.to(precision.device, non_blocking=True) for k, v in target.items() if isinstance(v, Tensor)}
-            for target in batch.targets
-        ]
-        with precision():
-            losses = _losses(model, images, targets)
-        losses["loss"] = sum(losses.values())
-        lr = optimizer.param_groups[0]["lr"]
-        weight = 0.0 if batch.is_filler else len(images) * distributed.world_size() / batch.of
-        update(losses["loss"] * weight, model, optimizer, scheduler, precision, config.training.clip_grad_norm)
-        for name, value in [*losses.items(), ("batches", losses["loss"].new_ones(()))]:
-            total[name] = total.get(name, 0) + value.detach() * weight
-        num_images += 0 if batch.is_filler else len(images)
+        stop = self.signals.received is not None
+        return self.agreement.exchange(stop=stop, save=save, unreadable=len(new))
 
-    means = _means(total)
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise _diverged(["weights"])
-    seconds = time.perf_counter() - start
-    return means | {"lr": lr, "images_per_second": num_images / seconds, "seconds": seconds}
+    def _hear(self, asked: dict[str, float]) -> bool:
+        """Takes in what all processes ask together, and returns whether to save."""
+        self._is_stopping |= bool(asked.get("stop"))
+        self._unreadable += int(asked.get("unreadable", 0))
+        limit = self.run.config.data.max_unreadable
+        if self._unreadable > limit:
+            raise SharedError(f"{self._unreadable} images cannot be read, more than --max-unreadable {limit}")
+        return bool(asked.get("save"))
 
+    def _stop_if_asked(self) -> None:
+        if self._is_stopping:
+            signal = self.signals.received or "a signal to another process"
+            raise Stopped(f"stopped by {signal} in {self.run.place()}; saved in {self.run.folder / 'checkpoint.pth'}")
 
-def _losses(model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Any]:
-    try:
-        return model(images, targets)
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise UserError(
-            f"batch norm cannot train on {len(images)} image so small that its coarsest map is one pixel; pass a "
-            "--min-size and --max-size above 32, or --weights-backbone IMAGENET1K_V1, whose batch norm is frozen"
-        ) from None
+    def _is_late(self) -> bool:
+        minutes = self.run.config.run.checkpoint_minutes
+        return distributed.is_main() and minutes is not None and time.perf_counter() - self.run.saved_at >= 60 * minutes
 
+    def _save(self) -> None:
+        self._report(self.stepper.finish())
+        self.run.mark_time()
+        self.run.save()
 
-def _means(total: dict[str, Tensor]) -> dict[str, float]:
-    """The means since the epoch began, over all processes; if one is not finite, every process raises."""
-    sums = distributed.mean_over_processes(total)
-    means = {name: value / sums["batches"] for name, value in sums.items() if name != "batches"}
-    wrong = [name for name, value in means.items() if not math.isfinite(value)]
-    if wrong:
-        raise _diverged(wrong)
-    return means
+    def _report(self, fault: Fault | None) -> None:
+        """Tells of a step that was left out, of which the first of an epoch is kept."""
+        if fault is None:
+            return
+        run = self.run
+        run.skipped_steps += 1
+        kept = None
+        if run.skipped_steps == 1 and distributed.rank() == fault.rank:
+            kept = run.keep(fault)
+        kept = next(filter(None, distributed.gather(kept)), None)
+        if distributed.is_main():
+            warn(fault.describe(self.train_loader.dataset.split) + (f"; --replay {kept} repeats it" if kept else ""))
+        limit = run.config.training.max_skipped_steps
+        if run.skipped_steps > limit:
+            raise SharedError(
+                f"training diverged: more than --max-skipped-steps {limit} of epoch {run.epoch} are left out; {HINTS}"
+            )
 
-
-def _diverged(names: list[str]) -> UserError:
-    return UserError(
-        f"training diverged: {', '.join(names)} not finite; lower --lr, lengthen --warmup-iters or clip more "
-        "(--clip-grad-norm). The last checkpoint is untouched"
-    )
-
-
-def _status(total: dict[str, Tensor], optimizer: Optimizer) -> str:
-    losses = "  ".join(f"{name} {value:.4f}" for name, value in _means(total).items())
-    return f"lr {optimizer.param_groups[0]['lr']:.6f}  {losses}"
+    def _status(self) -> str:
+        losses = "  ".join(f"{name} {value:.4f}" for name, value in self.run.means().items())
+        return f"lr {self.run.optimizer.param_groups[0]['lr']:.6f}  {losses}"

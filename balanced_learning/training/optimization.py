@@ -1,5 +1,6 @@
-"""The optimizer, its schedule, and mixed precision."""
+"""The optimizer, its schedule, the average of the weights, and mixed precision."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,34 +8,58 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ChainedScheduler, CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.ops._utils import split_normalization_params
 
 from balanced_learning.training.config import TrainingConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
+    """The optimizer, of the fused kind: it can be told on the device to leave out a step (``found_inf``)."""
     if config.norm_weight_decay is None:
         groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     else:
         norm, other = split_normalization_params(model)
         groups = [{"params": other}, {"params": norm, "weight_decay": config.norm_weight_decay}]
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.opt == "adamw":
-        return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        groups, config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.opt == "sgd_nesterov"
-    )
-
-
-def make_scheduler(optimizer: Optimizer, config: TrainingConfig, iterations: int) -> LRScheduler:
-    """Stepped after each of the ``iterations`` of an epoch: linear warm-up times the decay."""
-    first_factor = config.warmup_factor if config.warmup_iters else 1.0
-    warmup = LinearLR(optimizer, first_factor, total_iters=max(1, min(config.warmup_iters, iterations)))
-    if config.lr_scheduler == "multisteplr":
-        decay: LRScheduler = MultiStepLR(optimizer, [step * iterations for step in config.lr_steps], config.lr_gamma)
+        optimizer: Optimizer = torch.optim.AdamW(groups, **options)
     else:
-        decay = CosineAnnealingLR(optimizer, config.epochs * iterations)
-    return ChainedScheduler([warmup, decay], optimizer)
+        nesterov = config.opt == "sgd_nesterov"
+        optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, **options)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # for schedules that begin in the middle
+        for parameter in group["params"]:
+            if (
+                config.opt != "adamw" and config.momentum
+            ):  # else what a first step that is left out leaves behind is chance
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def make_scheduler(optimizer: Optimizer, config: TrainingConfig, iterations: int, done: int = 0) -> LRScheduler:
+    """Stepped after each of the ``iterations`` of an epoch: linear warm-up times the decay.
+
+    The learning rate follows from the number of steps alone.
+
+    Args:
+        optimizer: at the start of training.
+        config: the settings.
+        iterations: steps of an epoch.
+        done: steps before the first one.
+    """
+    return LambdaLR(optimizer, lambda step: lr_factor(config, iterations, step), last_epoch=done - 1)
+
+
+def lr_factor(config: TrainingConfig, iterations: int, step: int) -> float:
+    """The factor of the learning rate at a step, counted from the start of training."""
+    warmup_iters = max(1, min(config.warmup_iters, iterations))
+    first_factor = config.warmup_factor if config.warmup_iters else 1.0
+    warmup = first_factor + (1 - first_factor) * min(1.0, step / warmup_iters)
+    if config.lr_scheduler == "multisteplr":
+        return warmup * config.lr_gamma ** sum(step >= drop * iterations for drop in config.lr_steps)
+    return warmup * (1 + math.cos(math.pi * step / (config.epochs * iterations))) / 2
 
 
 class Precision:
@@ -51,20 +76,27 @@ class Precision:
             yield
 
 
-def update(
-    loss: Tensor,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    precision: Precision,
-    clip_norm: float,
-) -> None:
-    """One step of the optimizer and of its schedule along the gradient of the loss, clipped to ``clip_norm`` if > 0."""
-    optimizer.zero_grad()
-    precision.scaler.scale(loss).backward()
+def make_average(model: nn.Module, decay: float) -> AveragedModel:
+    """The exponential moving average of the weights of a model, in evaluation mode."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval()
+
+
+def update(model: nn.Module, optimizer: Optimizer, precision: Precision, clip_norm: float) -> Tensor:
+    """One step of the optimizer along the gradients, clipped to ``clip_norm`` if > 0.
+
+    If their norm is not finite, the optimizer leaves the step out, on the device: nobody waits.
+
+    Returns:
+        Tensor: the norm of the gradients, [].
+    """
+    precision.scaler.unscale_(optimizer)
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])  # type: ignore[misc]
+    is_finite = norm.isfinite()
     if clip_norm > 0:
-        precision.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        # Gradients that are not finite stay as they are, for the one that was first to be named.
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, torch.where(is_finite, norm, 0))
+    optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # as GradScaler tells fused optimizers
     precision.scaler.step(optimizer)
     precision.scaler.update()
-    scheduler.step()
+    return norm

@@ -2,21 +2,26 @@
 
 import argparse
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from balanced_learning.training.errors import UserError
+from balanced_learning.training.errors import UserError, printable
+from balanced_learning.training.opening import open_file
 
 _ENTRIES = ("model", "state_dict", "model_state_dict")
+_OTHER = "damaged, or another kind of file"
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DataParallel and averages, torch.compile, Lightning
 
 
 def read_tensors(path: Path, source: str, *, hint: str = "") -> Any:
     """Reads a file of torch.save or safetensors that holds tensors and plain values. No code of it is run.
+
+    The checksums in a file of torch.save, which ``torch.load`` passes over, are verified.
 
     Args:
         path: the file.
@@ -27,20 +32,47 @@ def read_tensors(path: Path, source: str, *, hint: str = "") -> Any:
         UserError: if it cannot be read, or holds other things.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{source}: not a file but a folder, pipe or device")
         if path.suffix == ".safetensors":
             return _read_safetensors(path, source)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # torchvision's programs save their arguments so
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # torchvision's programs save their arguments as a Namespace.
+        with open_file(path) as file, torch.serialization.safe_globals([argparse.Namespace]):
+            if zipfile.is_zipfile(file):
+                _verify(file)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror or error}){hint}") from None
     except UserError:
         raise
+    except _DamagedError as error:
+        raise UserError(f"{source}: damaged: {error}") from None
     except Exception as error:  # whatever zip and pickle make of other bytes
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"with a {found[1]} in it; save a state_dict() alone" if found else "damaged, or another kind of file"
+        what = f"with a {printable(found[1])[:80]} in it; save a state_dict() alone" if found else _OTHER
         raise UserError(f"{source}: not a checkpoint of tensors and plain values: {what}") from None
+
+
+class _DamagedError(Exception):
+    """Names what is damaged."""
+
+
+def _verify(file: BinaryIO) -> None:
+    """Compares every entry of a zip file with its checksum. Only what torch.save could have written is read."""
+    size = file.seek(0, 2)
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+        if packed or sum(entry.file_size for entry in entries) > size:
+            raise _DamagedError("its entries are longer than the file")
+        if not any(entry.CRC for entry in entries):  # as torch.serialization.set_crc32_options(False) has it
+            return
+        for entry in entries:
+            try:
+                with archive.open(entry) as content:
+                    while content.read(1 << 22):
+                        pass
+            except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+                raise _DamagedError(f"{printable(entry.filename)[:80]} ({printable(error)[:80]})") from None
 
 
 def _read_safetensors(path: Path, source: str) -> dict[str, Tensor]:
@@ -48,6 +80,7 @@ def _read_safetensors(path: Path, source: str) -> dict[str, Tensor]:
         from safetensors.torch import load_file
     except ImportError:
         raise UserError(f"{source}: needs the package safetensors") from None
+    open_file(path).close()
     return load_file(path)
 
 

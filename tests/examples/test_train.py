@@ -76,6 +76,8 @@ def test_without_data_it_draws_trains_evaluates_and_reports(tmp_path, monkeypatc
         "args.json",
         "checkpoint.pth",
         "checkpoint_best.pth",
+        "checkpoint_previous.pth",
+        ".lock",
         "metrics.jsonl",
         "evaluation_00.json",
         "evaluation_00.png",
@@ -175,7 +177,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, coco_root, train, monkeypatch):
     train("--data-path", coco_root, *SMALL, "--epochs", 3, "--output-dir", tmp_path)
     train("--resume", tmp_path / "checkpoint.pth", "--epochs", 4)
     epochs = [torch.load(tmp_path / name)["epoch"] for name in ("checkpoint.pth", "checkpoint_best.pth")]
-    assert epochs == [3, 1]
+    assert epochs == [4, 2]
 
 
 TWO_PROCESSES = """
@@ -441,4 +443,4 @@ def test_a_run_that_goes_on_in_another_folder_keeps_its_history(tmp_path, coco_r
     assert [row["AP"] for row in rows(tmp_path / "other")] == [0.5, 0.3, 0.4]
     assert not (tmp_path / "other" / "checkpoint_best.pth").exists()
     train("--resume", tmp_path / "other" / "checkpoint.pth", "--epochs", 4)
-    assert torch.load(tmp_path / "other" / "checkpoint_best.pth")["epoch"] == 3
+    assert torch.load(tmp_path / "other" / "checkpoint_best.pth")["epoch"] == 4

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from balanced_learning.training.checkpoint import save
+from balanced_learning.training.checkpoint import Position, save
 from balanced_learning.training.command_line import make_parser, read_command_line
 from balanced_learning.training.config import Config
 from balanced_learning.training.data.labels import Labels
@@ -14,6 +14,7 @@ from balanced_learning.training.evaluation import ErrorKind, Evaluation
 from balanced_learning.training.model import build_model
 from balanced_learning.training.tide import KINDS, SPECIAL_KINDS
 
+FIRST_EPOCH = Position(epoch=1, step=0, iterations=1, images_per_step=2, sums=[], history=[])  # is done
 SMALL = ["--small", "--min-size", "64", "--max-size", "96", "-j", "0", "-b", "2", "--epochs", "1", "--device", "cpu"]
 
 
@@ -29,7 +30,7 @@ def save_untrained(path: Path) -> Path:
         torch.manual_seed(0)
         model = build_model(config, labels.num_classes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(path, {"model": model}, config=config, labels=labels, epoch=0, iterations=1)
+    save(path, {"model": model}, config=config, labels=labels, position=FIRST_EPOCH)
     return path
 
 

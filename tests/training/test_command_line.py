@@ -1,14 +1,14 @@
 from dataclasses import FrozenInstanceError
 
 import pytest
-import torch
+from torch import nn
 
 from balanced_learning.training.checkpoint import save
 from balanced_learning.training.command_line import lr_note, make_parser, read_command_line, read_recipe
 from balanced_learning.training.config import Config, setting_fields
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
-from tests.training.small import config_of
+from tests.training.small import FIRST_EPOCH, config_of
 
 # The flags of torchvision's reference script and of this library's first version, which keep their names.
 FLAGS = """
@@ -115,9 +115,7 @@ def checkpoint(tmp_path):
     values = {"min_size": 64, "backbone": "resnet18", "lr": 0.03, "lr_scheduler": "cosineannealinglr", "epochs": 6}
     config = Config.of({**values, "device": "cuda", "output_dir": tmp_path / "elsewhere", "tensorboard": True})
     labels = Labels({1: "thing"}, {1: 1}, 2)
-    save(tmp_path / "checkpoint.pth", {}, config=config, labels=labels, epoch=0, iterations=1)
-    content = torch.load(tmp_path / "checkpoint.pth")
-    torch.save(content | {"model": {}}, tmp_path / "checkpoint.pth")
+    save(tmp_path / "checkpoint.pth", {"model": nn.Linear(1, 2)}, config=config, labels=labels, position=FIRST_EPOCH)
     return tmp_path / "checkpoint.pth"
 
 
@@ -193,7 +191,7 @@ def test_settings_that_contradict_each_other_are_refused(flags, message):
 
 
 def test_an_epoch_to_start_from_is_refused_beside_a_checkpoint(checkpoint):
-    with pytest.raises(UserError, match="--start-epoch 4: --resume goes on after epoch 0"):
+    with pytest.raises(UserError, match="--start-epoch 4: --resume goes on in epoch 1"):
         config_of("--resume", checkpoint, "--start-epoch", 4)
 
 

@@ -9,7 +9,7 @@ from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.model import make_model
 from examples import train_torchvision_libra
-from tests.training.small import SMALL, config_of
+from tests.training.small import FIRST_EPOCH, SMALL, config_of
 
 
 def test_a_trained_detector_is_loaded_with_its_categories(coco_root, tmp_path):
@@ -49,7 +49,7 @@ def test_a_detector_that_began_with_weights_is_rebuilt_without_them(tmp_path, mo
     with monkeypatch.context() as patched:
         patched.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: stock.state_dict())
         original = make_model(config, labels, None)
-    save(tmp_path / "checkpoint.pth", {"model": original}, config=config, labels=labels, epoch=0, iterations=1)
+    save(tmp_path / "checkpoint.pth", {"model": original}, config=config, labels=labels, position=FIRST_EPOCH)
     monkeypatch.setattr(WeightsEnum, "get_state_dict", refuse)
     rebuilt = load_detector(tmp_path / "checkpoint.pth")
     assert str(rebuilt) == str(original)

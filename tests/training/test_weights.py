@@ -19,13 +19,13 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from balanced_learning.detection import libra_fasterrcnn
 from balanced_learning.training import load_detector
-from balanced_learning.training.checkpoint import Checkpoint, save
+from balanced_learning.training.checkpoint import save
 from balanced_learning.training.data.coco import read_split
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.model import build_model, make_model
 from balanced_learning.training.weights import choose_labels
-from tests.training.small import SMALL, config_of
+from tests.training.small import FIRST_EPOCH, SMALL, config_of
 
 STOCK = {"libra_fasterrcnn": fasterrcnn_resnet50_fpn, "libra_retinanet": retinanet_resnet50_fpn}
 PREDICTORS = ("roi_heads.box_predictor.", "head.classification_head.cls_logits.")
@@ -107,7 +107,7 @@ def run(tmp_path):
     model = build_model(config, 4)
     model.load_state_dict(random_state(model))
     labels = Labels({3: "car", 1: "toothbrush"}, {3: 1, 1: 2}, 4)
-    save(tmp_path / "run.pth", {"model": model}, config=config, labels=labels, epoch=0, iterations=1)
+    save(tmp_path / "run.pth", {"model": model}, config=config, labels=labels, position=FIRST_EPOCH)
     return tmp_path / "run.pth", model.state_dict()
 
 
@@ -200,20 +200,10 @@ def test_the_epsilon_of_frozen_batch_norm_goes_with_the_weights(own_root, tmp_pa
         torch.save(state, tmp_path / name)
         assert norm_eps(start(own_root, "--weights", tmp_path / name)[0]) == expected
     config = config_of("--data-path", own_root, "--weights", tmp_path / COCO_FILE, "--output-dir", tmp_path)
-    save(tmp_path / "run.pth", {"model": named}, config=config, labels=labels, epoch=0, iterations=1)
+    save(tmp_path / "run.pth", {"model": named}, config=config, labels=labels, position=FIRST_EPOCH)
     (tmp_path / COCO_FILE).unlink()
     assert norm_eps(load_detector(tmp_path / "run.pth")) == 0
     assert norm_eps(start(own_root, "--weights", tmp_path / "run.pth")[0]) == 0
-
-
-@pytest.mark.parametrize(("flags", "expected"), [(["--weights", "DEFAULT"], 0.0), ([], 1e-5)])
-def test_a_checkpoint_of_an_earlier_version_has_the_epsilon_of_its_flags(tmp_path, flags, expected):
-    config = config_of("--data-path", "-", *flags, "--output-dir", tmp_path)
-    save(tmp_path / "run.pth", {}, config=config, labels=Labels({}, {}, 1), epoch=0, iterations=1)
-    content = torch.load(tmp_path / "run.pth")
-    del content["norm_eps"]
-    torch.save(content | {"model": {}}, tmp_path / "run.pth")
-    assert Checkpoint.load(tmp_path / "run.pth").norm_eps == expected
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Batches of images of similar shape, shared by the processes, and the loaders of them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import Any, TypeVar
 
@@ -126,7 +126,7 @@ class DetectionLoader(DataLoader):
             multiprocessing_context="fork" if workers else None,  # others import torch for seconds in every epoch
         )
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Generator[Batch, None, None]:  # type: ignore[override]
         with closing(loading(super().__iter__)) as batches:
             for batch in batches:
                 if isinstance(batch, UserError):

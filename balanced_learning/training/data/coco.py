@@ -69,6 +69,11 @@ class Split:
         learned = self.causes[rows] == Cause.NONE
         return self.columns.boxes[rows][learned], self.columns.category_ids[rows][learned]
 
+    def file_of(self, image_id: int) -> Path:
+        """The file of an image."""
+        (position,) = np.flatnonzero(self.columns.image_ids == image_id)
+        return self.image_dir / self.images[int(position)]["file_name"]
+
     def load_image(self, position: int) -> Image.Image:
         """An image as its annotations see it, RGB.
 

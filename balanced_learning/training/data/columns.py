@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from balanced_learning.training.files import write_new
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,9 @@ class Columns:
         return cls(**arrays, folder=folder)
 
     def write(self, folder: Path) -> None:
+        """Writes the arrays into a new folder."""
         for name in self.array_names():
-            np.save(folder / f"{name}.npy", getattr(self, name))
+            write_new(folder / f"{name}.npy", partial(np.save, arr=getattr(self, name)))
 
     @classmethod
     def array_names(cls) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from balanced_learning.training.data.cache import cache_folder
 from balanced_learning.training.data.columns import Columns
 from balanced_learning.training.errors import warn
+from balanced_learning.training.files import new_folder, reason_of, write_new
 
 LARGE = 32 << 20  # bytes of JSON; anything smaller is read and checked anew in seconds
 _VERSION = 1
@@ -36,24 +37,22 @@ def save_index(json_file: Path, image_dir: Path, columns: Columns, categories: d
     Where the cache cannot be written, a warning says so, and the arrays are returned as they are.
     """
     folder = _folder(json_file)
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
-        unfinished.mkdir(parents=True)
-        columns.write(unfinished)
-        header = {
-            "of": _identity(json_file, image_dir),
-            "categories": categories,
-            "checksums": _checksums(unfinished),
-        }
-        (unfinished / "header.json").write_text(json.dumps(header))
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        with new_folder(folder) as unfinished:
+            columns.write(unfinished)
+            header = {
+                "of": _identity(json_file, image_dir),
+                "categories": categories,
+                "checksums": _checksums(unfinished),
+            }
+            text = json.dumps(header)
+            write_new(unfinished / "header.json", lambda file: file.write(text.encode()))
+            shutil.rmtree(folder, ignore_errors=True)
         return Columns.map(folder)
     except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
         if faster := load_index(json_file, image_dir):  # another process of this run
             return faster[0]
-        warn(f"{folder}: no index kept ({error.strerror}); the next start reads all anew")
+        warn(f"{folder}: no index kept ({reason_of(error)}); the next start reads all anew")
         return columns
 
 

@@ -2,10 +2,9 @@
 
 import json
 import math
-import os
 import random
-import shutil
 from collections.abc import Sequence
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from balanced_learning.training.data.cache import cache_folder
 from balanced_learning.training.errors import UserError
+from balanced_learning.training.files import new_folder, reason_of, write_new
 
 CATEGORIES = {1: "circle", 3: "rectangle", 7: "triangle", 20: "star"}  # sparse ids, as COCO's
 SIDES = (128, 160)
@@ -30,17 +30,15 @@ def shapes_dataset(*, train: int = 1280, val: int = 120, seed: int = 0) -> Path:
     if folder.is_dir():
         return folder
     print(f"drawing {train} + {val} images of shapes into {folder}")
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+    val_ids = range(FIRST_VAL_ID, FIRST_VAL_ID + val)
+    train_ids = list(islice((image_id for image_id in count(1) if image_id not in val_ids), train))
     try:
-        val_ids = range(FIRST_VAL_ID, FIRST_VAL_ID + val)
-        train_ids = list(islice((image_id for image_id in count(1) if image_id not in val_ids), train))
-        for split, ids in (("train2017", train_ids), ("val2017", val_ids)):
-            _draw_split(unfinished, split, ids, seed)
-        unfinished.rename(folder)
+        with new_folder(folder) as unfinished:
+            for split, ids in (("train2017", train_ids), ("val2017", val_ids)):
+                _draw_split(unfinished, split, ids, seed)
     except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
         if not folder.is_dir():  # where it is, another process was faster
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); set XDG_CACHE_HOME") from None
+            raise UserError(f"{folder}: cannot be written ({reason_of(error)}); set XDG_CACHE_HOME") from None
     return folder
 
 
@@ -52,7 +50,8 @@ def _draw_split(root: Path, split: str, ids: Sequence[int], seed: int) -> None:
     for image_id in tqdm(ids, f"drawing {split}", unit=" images", disable=None, delay=2, leave=False):
         image, shapes = _draw_image(random.Random(f"{seed}/{image_id}"))
         file_name = f"{image_id:06}.png"
-        image.save(root / split / file_name, compress_level=1)  # thrice as fast as the default
+        save = partial(image.save, format="PNG", compress_level=1)  # thrice as fast as the default
+        write_new(root / split / file_name, save)
         images.append({"id": image_id, "file_name": file_name, "width": image.width, "height": image.height})
         for category_id, (x0, y0, x1, y1) in shapes:
             box = [x0, y0, x1 - x0, y1 - y0]
@@ -68,7 +67,8 @@ def _draw_split(root: Path, split: str, ids: Sequence[int], seed: int) -> None:
             )
     categories = [{"id": category_id, "name": name} for category_id, name in CATEGORIES.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    text = json.dumps(content)
+    write_new(root / "annotations" / f"instances_{split}.json", lambda file: file.write(text.encode()))
 
 
 def _draw_image(rng: random.Random) -> tuple[Image.Image, list[tuple[int, tuple[int, int, int, int]]]]:

@@ -12,6 +12,7 @@ from balanced_learning.training import randomness
 from balanced_learning.training.data.coco import Entry
 from balanced_learning.training.data.dataset import DetectionDataset
 from balanced_learning.training.data.labels import class_name
+from balanced_learning.training.files import write_or_warn
 from balanced_learning.training.reporting.pictures import (
     Color,
     Mark,
@@ -42,7 +43,7 @@ def save_evaluation(
     """Draws ground truth and detections side by side, for a few images that follow from the seed.
 
     Args:
-        path: the PNG to write.
+        path: the PNG to write; where it cannot be, a warning says so.
         dataset: the images evaluated, without augmentation. Those with boxes go first.
         detections: by image id, ``boxes``, ``scores`` and ``labels``, on the CPU. Those of a low score and those of
             labels without a name are left out.
@@ -57,7 +58,7 @@ def save_evaluation(
     for row in drawn:
         sheet.paste(row, (0, top))
         top += row.height + GAP
-    sheet.save(path)
+    write_or_warn(path, lambda file: sheet.save(file, "PNG"))
 
 
 def choose_images(dataset: DetectionDataset, seed: int, count: int = NUM_IMAGES) -> list[int]:

@@ -1,6 +1,7 @@
 """Figures: curves, the IoUs that are sampled, sampled boxes, and the levels of a pyramid."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ from typing import Any
 import matplotlib as mpl
 import torch
 from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from balanced_learning.detection.imbalance import MatchedProposals
+from balanced_learning.training.files import Write, write_or_warn, write_whole
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -24,7 +27,7 @@ BIN_COLORS = ["#56b4e9", "#f0e442", "#d55e00"]  # from the first bin of IoU to t
 
 
 def save_curves(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Draws the losses and the AP of all epochs."""
+    """Draws the losses and the AP of all epochs into a PNG. Where it cannot be written, a warning says so."""
     epochs = [row["epoch"] for row in rows]
     figure, (losses, precision) = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
     for name in (n for n in rows[-1] if ("loss" in n and "/" not in n) or n in ("classification", "bbox_regression")):
@@ -42,8 +45,7 @@ def save_curves(path: Path, rows: list[dict[str, Any]]) -> None:
         axis.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
         axis.grid(alpha=0.3)
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, path, dpi=120, save=write_or_warn)
 
 
 def save_iou_shares(path: Path, shares: dict[str, Tensor], edges: Tensor, bins: list[float]) -> None:
@@ -67,8 +69,7 @@ def save_iou_shares(path: Path, shares: dict[str, Tensor], edges: Tensor, bins: 
     axis.set(xlabel="IoU with the nearest ground truth", ylabel="share of the negatives in %", xlim=(0, bins[-1]))
     axis.set_xticks(edges.tolist(), [f"{edge:.2f}" for edge in edges.tolist()])
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, title="negatives")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, path, dpi=120)
 
 
 def save_sampled_boxes(
@@ -115,8 +116,15 @@ def save_sampled_boxes(
         label="IoU with the nearest ground truth (white)",
         shrink=0.6,
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path, dpi=110)
+
+
+def _save(figure: Figure, path: Path, dpi: int, save: Callable[[Path, Write], None] = write_whole) -> None:
+    """Writes a figure as PNG, and lets go of it."""
+    try:
+        save(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+    finally:
+        plt.close(figure)
 
 
 def _tallness(image: Tensor) -> float:
@@ -168,8 +176,7 @@ def save_pyramid(
     ):
         for axis, title in zip(line, titles, strict=True):
             axis.set_title(title, size=10)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path, dpi=110)
 
 
 def _plot_row(axes: Any, heats: list[Tensor], extent: tuple[float, float, float, float]) -> None:

@@ -11,6 +11,9 @@ import torch
 from balanced_learning import backend_info
 from balanced_learning.training import distributed
 from balanced_learning.training.config import Config
+from balanced_learning.training.errors import UserError, printable
+from balanced_learning.training.files import reason_of, write_text
+from balanced_learning.training.opening import open_file
 
 
 def write_config(path: Path, config: Config) -> None:
@@ -21,39 +24,37 @@ def write_config(path: Path, config: Config) -> None:
         "versions": backend_info(),
         "threads": torch.get_num_threads(),
     }
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
-def write_row(path: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Appends the row of an epoch, in place of one of the same or a later epoch, and returns all rows."""
-    rows = [r for r in read_rows(path) if r["epoch"] < row["epoch"]]
-    rows.append(row)
-    _write_rows(path, rows)
-    return rows
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows of all epochs."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The rows of all epochs; none where there is no file.
+
+    Raises:
+        UserError: if the file cannot be read, or a line of it is no row.
+    """
+    try:
+        with open_file(path) as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{printable(path)}: cannot be read ({reason_of(error)})") from None
+    return [_row(path, number, line) for number, line in enumerate(lines, 1)]
 
 
-def continue_rows(path: Path, before: Path, epoch: int) -> None:
-    """Begins the rows of a run that goes on in another folder with those of ``before``, up to the epoch."""
-    if path != before and not path.exists():
-        _write_rows(path, [row for row in read_rows(before) if row["epoch"] <= epoch])
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes beside the file, then renames it, so that it is never half written."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
-
-
-def is_best(rows: list[dict[str, Any]]) -> bool:
-    """Whether the last of the rows has a higher AP than all before it."""
-    *before, last = [row.get("AP") for row in rows]
-    return last is not None and all(ap is None or ap < last for ap in before)
+def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (RecursionError, ValueError):
+        row = None
+    numbers = isinstance(row, dict) and all(value is None or type(value) in (int, float) for value in row.values())
+    if not numbers or type(row.get("epoch")) is not int or row["epoch"] < 0:
+        shown = printable(line[:60].decode(errors="replace"))
+        raise UserError(f"{printable(path)}: line {number} is not the row of an epoch: {shown}")
+    return row

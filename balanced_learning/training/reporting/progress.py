@@ -1,20 +1,13 @@
-"""Progress through a loader, with the time left."""
+"""Progress through batches, with the time left."""
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from typing import Any
 
 import torch
 from tqdm import tqdm
-
-
-class Batches(Protocol):
-    """A loader, or whatever knows how many batches it yields."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Any]: ...
 
 
 class Progress:
@@ -25,28 +18,45 @@ class Progress:
         self.print_freq = print_freq
         self.is_main = is_main
 
-    def over(self, loader: Batches, status: Callable[[], str]) -> Iterator[Any]:
-        """The batches. ``status`` is asked on every process, for it may have to hear the others."""
+    def over(
+        self,
+        batches: Iterable[Any],
+        total: int,
+        status: Callable[[], str] = lambda: "",
+        *,
+        done: int = 0,
+        images: int = 1,
+    ) -> Iterator[Any]:
+        """The batches, one by one.
+
+        Args:
+            batches: those that are left.
+            total: their number, with those that are done.
+            status: what to say beside the progress; asked on every process, for it may have to hear the others.
+            done: the number of those that are done.
+            images: in a batch, on all processes.
+        """
         on_terminal = sys.stdout.isatty()
         start, waited, last = time.perf_counter(), 0.0, time.perf_counter()
-        bar = tqdm(loader, self.title, disable=not (self.is_main and on_terminal), file=sys.stdout)
-        for number, batch in enumerate(bar, 1):
+        is_off = not (self.is_main and on_terminal)
+        bar = tqdm(batches, self.title, total, disable=is_off, file=sys.stdout, initial=done)
+        for number, batch in enumerate(bar, done + 1):
             waited += time.perf_counter() - last
             yield batch
             last = time.perf_counter()
-            if number % self.print_freq and number != len(loader):
+            if number % self.print_freq and number != total:
                 continue
             text = status()
             if not self.is_main:
                 continue
+            each, share = (last - start) / (number - done), waited / (last - start)
+            speed = f"{images / each:.3g} images/s  {100 * share:.0f} % waiting for data"
             if on_terminal:
-                bar.set_postfix_str(text)
+                bar.set_postfix_str(f"{text}  {speed}")
             else:
-                each = (last - start) / number
-                eta = time.strftime("%H:%M:%S", time.gmtime(each * (len(loader) - number)))
+                eta = timedelta(seconds=round(each * (total - number)))
                 memory = f"  max mem {torch.cuda.max_memory_allocated() >> 20} MiB" if torch.cuda.is_available() else ""
                 print(
-                    f"{self.title} [{number:>{len(str(len(loader)))}}/{len(loader)}]  eta {eta}  {text}  "
-                    f"time {each:.3f} s  data {waited / number:.3f} s{memory}",
+                    f"{self.title} [{number:>{len(str(total))}}/{total}]  eta {eta}  {text}  {speed}{memory}",
                     flush=True,
                 )

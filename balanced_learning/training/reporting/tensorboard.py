@@ -1,36 +1,50 @@
-"""TensorBoard's view of a run: the rows of metrics.jsonl, and the IoUs of the negatives that are sampled."""
+"""TensorBoard's view of a run: the rows of metrics.jsonl, pictures, and the IoUs of the negatives that are sampled."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from balanced_learning.training.errors import UserError
+from balanced_learning.training.errors import UserError, warn
+from balanced_learning.training.run import Run
 
 
 class TensorBoard:
-    """Writes event files into ``folder``, and observes the second stage's sampler of ``model``, if it has one."""
+    """Writes event files into the folder of a run, and observes the sampler of its second stage, if it has one."""
 
-    def __init__(self, folder: Path, model: Any) -> None:
+    def __init__(self, run: Run) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("--tensorboard: the package is missing; pip install tensorboard") from None
-        self.writer = SummaryWriter(str(folder))
+        # What an earlier process wrote of epochs that are trained again is not to be shown.
+        self.writer = SummaryWriter(str(run.folder), purge_step=run.epoch)
         self.sampler: ObservedSampler | None = None
+        model: Any = run.model
         if hasattr(model, "roi_heads"):
             self.sampler = model.roi_heads.fg_bg_sampler = ObservedSampler(model.roi_heads.fg_bg_sampler)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Writes the metrics of an epoch, and the IoUs of the negatives sampled in its last batch."""
-        for name, value in row.items():
-            if name != "epoch" and isinstance(value, int | float):
-                self.writer.add_scalar(name, value, row["epoch"])
-        if self.sampler and self.sampler.last:
-            self.writer.add_histogram("IoU of sampled negatives", self.sampler.sampled_ious(), row["epoch"])
-        self.writer.flush()
+    def write(self, row: dict[str, Any], picture: Path) -> None:
+        """Writes an epoch: its metrics, the picture of its evaluation, and the IoUs of the negatives of its last batch.
+
+        Where that fails, a warning says so.
+        """
+        try:
+            for name, value in row.items():
+                if name != "epoch" and isinstance(value, int | float):
+                    self.writer.add_scalar(name, value, row["epoch"])
+            if picture.exists():
+                with Image.open(picture) as image:
+                    self.writer.add_image("evaluation", np.asarray(image), row["epoch"], dataformats="HWC")
+            if self.sampler and self.sampler.last:
+                self.writer.add_histogram("IoU of sampled negatives", self.sampler.sampled_ious(), row["epoch"])
+            self.writer.flush()
+        except OSError as error:
+            warn(f"{self.writer.log_dir}: TensorBoard lacks epoch {row['epoch']} ({error.strerror or error})")
 
 
 class ObservedSampler:

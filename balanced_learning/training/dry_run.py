@@ -1,0 +1,44 @@
+"""All that a run does, once, on a few images: to find out within a minute what would fail after an epoch."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from balanced_learning.training import distributed
+from balanced_learning.training.checkpoint import Checkpoint
+from balanced_learning.training.config import Config
+from balanced_learning.training.data.splits import read_splits
+from balanced_learning.training.errors import UserError
+from balanced_learning.training.inference import load_detector, predict_files
+
+Start = Callable[[Config, Checkpoint | None], Path]
+
+
+def dry_run(config: Config, start: Start) -> None:
+    """Trains a step, saves, evaluates, continues from the checkpoint for another epoch of a step, and predicts.
+
+    It does so in a new folder in ``runs``, which it removes.
+
+    Args:
+        config: the settings of the run that is to be tried out.
+        start: trains as the settings ask for, from a checkpoint if there is one, and returns the output folder.
+
+    Raises:
+        UserError: for whatever a run would raise.
+    """
+    short = config.values() | {"dry_run": False, "limit_batches": 1, "resume": None, "start_epoch": 0}
+    folder = start(Config.of(short | {"epochs": 1, "output_dir": None}), None)
+    try:
+        distributed.stop()
+        longer = Config.of(short | {"epochs": 2, "output_dir": folder})
+        start(longer, Checkpoint.load(folder / "checkpoint.pth"))
+        if distributed.is_main():
+            _, val = read_splits(longer)
+            image = val.image_dir / val.images[0]["file_name"]
+            (found,) = predict_files(load_detector(folder / "checkpoint.pth"), [image], score_thresh=0.5)
+            if isinstance(found, UserError):
+                raise found
+            print("dry run: trained, saved, evaluated, continued and predicted; nothing of it is kept")
+    finally:
+        if distributed.is_main():
+            shutil.rmtree(folder, ignore_errors=True)

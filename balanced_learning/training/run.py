@@ -1,0 +1,200 @@
+"""A run of training: the parts whose states its checkpoints hold, and how far it is."""
+
+import math
+import time
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from balanced_learning.training import distributed
+from balanced_learning.training.checkpoint import Checkpoint, Position, save, save_newest
+from balanced_learning.training.config import Config, images_per_step
+from balanced_learning.training.data.labels import Labels
+from balanced_learning.training.errors import SharedError, UserError, warn
+from balanced_learning.training.faults import Fault
+from balanced_learning.training.optimization import (
+    Precision,
+    lr_factor,
+    make_average,
+    make_optimizer,
+    make_scheduler,
+)
+
+HINTS = "lower --lr, lengthen --warmup-iters or clip more (--clip-grad-norm). The last checkpoint is untouched"
+CLOCK = ("seconds", "images_per_second")  # what of a row no two runs have in common
+
+
+class Run:
+    """The parts of a run and its position, which checkpoints hold.
+
+    Args:
+        config: the settings.
+        labels: of the model.
+        model: on its device, with the weights to start from.
+        precision: of the forward pass.
+        iterations: steps of an epoch.
+        checkpoint: what to continue, if anything.
+
+    Attributes:
+        epoch (int): the one that is trained, from 0.
+        step (int): steps of it that are done; where it is ``iterations``, the evaluation is due.
+        sums (dict): over the epoch's images on this process: the losses, and ``images``, their number.
+        skipped_steps (int): steps of the epoch that were left out.
+        seconds (float): of the epoch.
+        history (list): the rows of the epochs that are over.
+        ema (AveragedModel or None): the moving average of the weights.
+        saved_at (float): when the last checkpoint was written, by ``time.perf_counter``.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        labels: Labels,
+        model: nn.Module,
+        precision: Precision,
+        iterations: int,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.config = config
+        self.labels = labels
+        self.model = model
+        self.precision = precision
+        self.iterations = iterations
+        self.folder = config.run.output_dir
+        self.optimizer = make_optimizer(model, config.training)
+        self.ema = None if config.training.ema is None else make_average(model, config.training.ema)
+        self.epoch, self.step = config.run.start_epoch, 0
+        self._start_epoch()
+        self.history: list[dict[str, Any]] = []
+        self.saved_at = self._marked_at = time.perf_counter()
+        if checkpoint:
+            self._continue(checkpoint)
+        done = self.epoch * iterations + self.step
+        self.scheduler = make_scheduler(self.optimizer, config.training, iterations, done)
+
+    def _start_epoch(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.skipped_steps, self.seconds = 0, 0.0
+
+    def _continue(self, checkpoint: Checkpoint) -> None:
+        position = checkpoint.position
+        checkpoint.restore({name: part for name, part in self._parts().items() if name != "model"})
+        self.epoch, self.step, self.history = position.epoch, position.step, position.history
+        self.skipped_steps, self.seconds = position.skipped_steps, position.seconds
+        if len(position.sums) == distributed.world_size():
+            self.sums = dict(position.sums[distributed.rank()])
+        elif distributed.is_main():
+            self.sums = _total(position.sums)
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.precision.scaler, "ema": self.ema}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model to evaluate: the average, if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def start_clock(self) -> None:
+        self._marked_at = time.perf_counter()
+
+    def mark_time(self) -> None:
+        """Adds the time since the clock was started, or marked last, to that of the epoch."""
+        now = time.perf_counter()
+        self.seconds += now - self._marked_at
+        self._marked_at = now
+
+    def save(self) -> None:
+        """Writes checkpoint.pth; the one before stays as checkpoint_previous.pth.
+
+        Raises:
+            SharedError: if the weights are not finite, or the file cannot be written.
+        """
+        self._save("checkpoint.pth")
+        self.saved_at = time.perf_counter()
+
+    def _save(self, name: str) -> None:
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise SharedError(f"training diverged: in {self.place()}, weights are not finite; {HINTS}")
+        position = self._position(distributed.gather(self.sums))
+        write = save_newest if name == "checkpoint.pth" else save
+        error = None
+        if distributed.is_main():
+            try:
+                write(self.folder / name, self._parts(), config=self.config, labels=self.labels, position=position)
+            except UserError as reason:
+                error = str(reason)
+        if error := distributed.from_main(error):
+            raise SharedError(error)
+
+    def _position(self, sums: list[dict[str, float]]) -> Position:
+        return Position(
+            epoch=self.epoch,
+            step=self.step,
+            iterations=self.iterations,
+            images_per_step=images_per_step(self.config),
+            sums=sums,
+            skipped_steps=self.skipped_steps,
+            seconds=self.seconds,
+            history=self.history,
+        )
+
+    def keep(self, fault: Fault) -> str | None:
+        """Writes a checkpoint that ``--replay`` repeats the step from, and returns its path."""
+        path = self.folder / f"skipped_{fault.epoch:02}.pth"
+        position = replace(self._position([self.sums]), epoch=fault.epoch, step=fault.step)
+        try:
+            save(path, self._parts(), config=self.config, labels=self.labels, position=position, fault=fault.content())
+        except UserError as error:
+            warn(str(error))
+            return None
+        return f"{path}"
+
+    def means(self) -> dict[str, float]:
+        """The means of the losses over the epoch's images so far, of all processes, and of their sum ``loss``."""
+        total = _total(distributed.gather(self.sums))
+        images = total.pop("images", math.nan)
+        means = {name: value / images for name, value in total.items()}
+        return {**means, "loss": math.fsum(means.values())}
+
+    def end_epoch(self, metrics: dict[str, Any]) -> None:
+        """Ends the epoch with a row of its losses and of these metrics, and saves; the best AP so far twice."""
+        training = self.config.training
+        last_step = (self.epoch + 1) * self.iterations - 1
+        images = _total(distributed.gather(self.sums))["images"]
+        row: dict[str, Any] = {"epoch": self.epoch, **self.means()}
+        row["lr"] = training.lr * lr_factor(training, self.iterations, last_step)
+        if self.skipped_steps:
+            row["skipped_steps"] = self.skipped_steps
+        row |= {"images_per_second": images / max(self.seconds, 1e-9), "seconds": self.seconds}
+        self.history.append(distributed.from_main(row | metrics))
+        self.epoch, self.step = self.epoch + 1, 0
+        self._start_epoch()
+        if self.epochs_since_best() == 0:
+            self._save("checkpoint_best.pth")
+        self.save()
+
+    def epochs_since_best(self) -> int | None:
+        """How many epochs ago AP was highest; None if there is no AP."""
+        aps = [(row["AP"], -i) for i, row in enumerate(self.history) if row.get("AP") is not None]
+        return len(self.history) - 1 + max(aps)[1] if aps else None
+
+    def is_over(self) -> bool:
+        """Whether all epochs are trained, or AP has not grown for too long."""
+        patience, waited = self.config.training.patience, self.epochs_since_best()
+        is_waiting_over = patience is not None and waited is not None and waited >= patience
+        return self.epoch >= self.config.training.epochs or (self.step == 0 and is_waiting_over)
+
+    def place(self) -> str:
+        """Where the run is, in words."""
+        return f"epoch {self.epoch} after {self.step} of {self.iterations} steps"
+
+
+def _total(sums: list[dict[str, float]]) -> dict[str, float]:
+    """The sums over processes by name, in the order of the processes."""
+    total: dict[str, float] = {}
+    for part in sums:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
