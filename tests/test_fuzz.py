@@ -36,5 +36,4 @@ def test_whatever_is_spoilt_is_refused_in_a_line_or_can_be_used(ways):
 def test_a_reader_without_checksums_is_found_out(ways, monkeypatch):
     monkeypatch.setattr(state_dicts, "_verify", lambda file: None)
     with pytest.raises(WrongError, match="is not as it was"):
-        for number in range(20):
-            ways["checkpoint: flip in tensors"](random_of(1, "", number))
+        [ways["checkpoint: flip in tensors"](random_of(1, "", number)) for number in range(20)]

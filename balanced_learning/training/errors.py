@@ -3,7 +3,6 @@
 import reprlib
 import sys
 
-
 _LONGEST = 4096  # characters, as of the longest path on Linux
 
 
