@@ -14,6 +14,7 @@ from balanced_learning.training.config import Config
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.small import small_fasterrcnn, small_retinanet
+from balanced_learning.training.transform import ResizingFirst
 from balanced_learning.training.weights import load_weights
 
 
@@ -49,6 +50,7 @@ def build_model(config: Config, num_classes: int) -> FasterRCNN | RetinaNet:
         UserError: for a backbone that there is not, or not with as many stages to train.
     """
     detector = _build(config, num_classes)
+    detector.transform.__class__ = ResizingFirst
     if isinstance(detector, FasterRCNN):
         _settle_strides(detector.roi_heads.box_roi_pool)
     return detector

@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     """What a process has loaded of the images of a step.
 
     Attributes:
-        images: tensors [3, H, W].
+        images: tensors [3, H, W]; uint8 until :meth:`to`, for loader processes and the device to get a quarter as much.
         targets: of the images.
         of: number of images that all processes load together.
         is_filler: whether the image belongs to another process, so that its loss is to count nothing here.
@@ -59,13 +59,14 @@ class Batch(NamedTuple):
     step: int
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with its tensors on a device."""
+        """The batch with its tensors on a device, and the images in [0, 1]."""
 
         def moved(value: Any) -> Any:
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
         targets = [{name: moved(value) for name, value in target.items()} for target in self.targets]
-        return self._replace(images=[moved(image) for image in self.images], targets=targets)
+        images = [_in_unit_interval(moved(image)) for image in self.images]
+        return self._replace(images=images, targets=targets)
 
     def parts(self, size: int) -> list["Batch"]:
         """Batches of so many of the images, the last of those that are left."""
@@ -77,7 +78,7 @@ class Batch(NamedTuple):
 
 
 class DetectionDataset(Dataset):
-    """Images in [0, 1] with ``boxes`` (xyxy in pixels), ``labels`` and ``image_id``.
+    """Images in [0, 1] with ``boxes`` (xyxy in pixels), ``labels`` and ``image_id``; in batches, uint8 at first.
 
     The augmentation of an image follows from ``seed``, ``epoch`` and the id of the image alone.
 
@@ -106,9 +107,7 @@ class DetectionDataset(Dataset):
         self.split = split
         self.label_of = label_of
         self.positions = range(len(split.images)) if positions is None else positions
-        self.transforms = v2.Compose(
-            [transforms or v2.Identity(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
-        )
+        self.transforms = v2.Compose([transforms or v2.Identity(), v2.ToPureTensor()])
         self.seed = seed
         self.unreadable = unreadable
         self.epoch = 0
@@ -122,6 +121,10 @@ class DetectionDataset(Dataset):
         Raises:
             UserError: if it cannot be decoded, has changed since it was checked, or makes a transform fail.
         """
+        image, target = self._load(index)
+        return _in_unit_interval(image), target
+
+    def _load(self, index: int) -> Sample:
         position = int(self.positions[index])
         pixels = self.split.load_image(position)
         image_id = self.split.images[position]["id"]
@@ -155,7 +158,7 @@ class DetectionDataset(Dataset):
         tries = min(TRIES, len(self)) if self.unreadable == "replace" else 1
         for i in range(index, index + tries):
             try:
-                return self[i % len(self)]
+                return self._load(i % len(self))
             except UserError as error:
                 if self.unreadable == "raise":
                     raise
@@ -163,3 +166,7 @@ class DetectionDataset(Dataset):
         if self.unreadable == "leave out":
             return None
         raise UserError(f"{self.split.json_file}: none of {tries} images in a row can be read: {unread[-tries]}, ...")
+
+
+def _in_unit_interval(image: Tensor) -> Tensor:
+    return v2.functional.to_dtype(image, torch.float32, scale=True)
