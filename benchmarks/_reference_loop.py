@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader, RandomSampler, Sampler, Subset
 from torchvision.datasets import CocoDetection
-from torchvision.transforms import functional as F  # noqa: N812
+from torchvision.transforms import functional as F
 
 Target = dict[str, Any]
 
@@ -35,7 +35,7 @@ def make_loader(
     infos = [data.coco.imgs[data.ids[index]] for index in used]
     edges = 2 ** np.linspace(-1, 1, 2 * group_factor + 1)
     groups = np.searchsorted(edges, [info["height"] / info["width"] for info in infos], side="right").tolist()
-    subset = Subset(data, used)
+    subset: Any = Subset(data, used)
     batches = _GroupedBatches(RandomSampler(subset), groups, batch_size)
     return DataLoader(subset, batch_sampler=batches, num_workers=workers, collate_fn=_columns)
 
