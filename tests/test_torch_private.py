@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils.data import dataloader
 
 import balanced_learning
 from balanced_learning import _ops, _torch_private, balanced_l1_loss
@@ -28,6 +29,7 @@ def absent(request, monkeypatch):
 def test_this_torch_has_the_names():
     assert _torch_private.are_transforms_active is torch._C._are_functorch_transforms_active
     assert _torch_private.below_autograd is torch._C._AutoDispatchBelowAutograd
+    assert callable(dataloader._MultiProcessingDataLoaderIter._shutdown_workers)
 
 
 def test_no_other_file_names_a_private_part_of_torch():

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from balanced_learning.training.errors import UserError
+from balanced_learning.training.meeting import is_torchruns_store, meet_at_torchrun
 
 _host_group: Any = None  # of all processes, for what is exchanged on the CPU beside the gradients
 
@@ -27,7 +28,11 @@ def start(device: str, dist_url: str) -> torch.device:
             device = f"cuda:{local_rank}"
         backend = "nccl" if device.startswith("cuda") else "gloo"
         try:
-            dist.init_process_group(backend, init_method=dist_url)
+            if dist_url == "env://" and is_torchruns_store():
+                store, own_rank, size = meet_at_torchrun()
+                dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
+            else:
+                dist.init_process_group(backend, init_method=dist_url)
             _host_group = dist.new_group(backend="gloo")
         except (ValueError, RuntimeError) as error:
             raise UserError(f"--dist-url {dist_url}: the processes cannot meet ({_first_line(error)})") from None

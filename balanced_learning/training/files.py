@@ -5,8 +5,10 @@ import io
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +18,7 @@ Write = Callable[[BinaryIO], object]
 
 _NO_SYNC = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}  # of file systems that cannot sync
 _NO_LINKS = {errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}  # and of those without hard links
+_ABANDONED = 24 * 3600  # seconds after which nobody fills a folder any more
 
 
 def write_whole(path: Path, write: Write, *, previous: Path | None = None) -> None:
@@ -34,7 +37,7 @@ def write_whole(path: Path, write: Write, *, previous: Path | None = None) -> No
     """
     unfinished = _unfinished(path)
     try:
-        unfinished.unlink(missing_ok=True)
+        _remove(unfinished)
         written = write_new(unfinished, write)
         if not os.path.samestat(written, unfinished.lstat()):
             raise OSError("another program writes it, too")
@@ -90,7 +93,7 @@ def keep_previous(path: Path, previous: Path) -> None:
         OSError: if that fails.
     """
     link = _unfinished(previous)
-    link.unlink(missing_ok=True)
+    _remove(link)
     try:
         if os.path.samestat(path.lstat(), previous.lstat()):
             return
@@ -106,17 +109,35 @@ def keep_previous(path: Path, previous: Path) -> None:
     link.replace(previous)
 
 
+def move(path: Path, to: Path) -> None:
+    """Gives a file another name, in place of what has it.
+
+    Raises:
+        UserError: if that fails.
+    """
+    try:
+        path.replace(to)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{printable(path)}: cannot be renamed ({reason_of(error)})") from None
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside the place of ``folder``, which is moved there when it is full.
 
-    It is to be filled by :func:`write_new`. If the block fails, what it made is removed.
+    It is to be filled by :func:`write_new`. If the block fails, what it made is removed; so is, after a day, what a
+    killed program has left.
 
     Raises:
         OSError: if it cannot be made, or there is one that is not empty, perhaps made by another process meanwhile.
     """
     unfinished = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.unfinished")
     unfinished.mkdir(parents=True)
+    for left in folder.parent.glob(f"{escape(folder.name)}.????????.unfinished"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(left)
     try:
         yield unfinished
         for made in (unfinished, *(each for each in unfinished.rglob("*") if each.is_dir())):
@@ -172,6 +193,16 @@ def sync_folder(folder: Path) -> None:
 
 def _unfinished(path: Path) -> Path:
     return path.with_name(f"{path.name[:60]}.unfinished")  # a longer name could be too long with its ending
+
+
+def _remove(unfinished: Path) -> None:
+    """Removes what a killed program left."""
+    try:
+        unfinished.unlink(missing_ok=True)
+    except OSError:
+        if unfinished.is_dir():
+            raise OSError(f"{unfinished.name} is a folder in its way") from None
+        raise
 
 
 class _RawFile(io.FileIO):

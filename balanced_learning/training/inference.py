@@ -80,6 +80,7 @@ def predict(
     """
     model.eval()
     progress = Progress("evaluation", print_freq, is_main=distributed.is_main())
+    rounds = max(distributed.gather(len(loader)))
     detections = {}
     with closing(iter(loader)) as batches:
         for batch in progress.over(batches, len(loader), images=distributed.world_size()):
@@ -88,7 +89,7 @@ def predict(
             for image_id, output in zip(batch.image_ids(), outputs, strict=True):
                 detections[image_id] = {name: value.float().cpu() for name, value in output.items()}
             after_batch(batch)
-    for _ in range(max(distributed.gather(len(loader))) - len(loader)):
+    for _ in range(rounds - len(loader)):
         after_batch(None)
     return distributed.union_over_processes(detections)
 

@@ -19,12 +19,11 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from balanced_learning.training import distributed, files
-from balanced_learning.training.checkpoint import Checkpoint
+from balanced_learning.training.checkpoint import NEWEST, PREVIOUS, Checkpoint
 from balanced_learning.training.config import Config
-from balanced_learning.training.errors import UserError, warn
+from balanced_learning.training.errors import SharedError, UserError, printable, warn
 
 LOCK = ".lock"
-CHECKPOINTS = "checkpoint.pth", "checkpoint_previous.pth"
 
 _HELD = {errno.EACCES, errno.EAGAIN}
 _NO_LOCKS = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
@@ -38,20 +37,20 @@ def run_folder(config: Config, checkpoint: Checkpoint | None) -> Iterator[Config
     named, and holds its lock; a run that only evaluates may share the folder with one that trains.
 
     Raises:
-        UserError: in the main process, if that fails. The others then end without a word.
+        SharedError: if that fails.
     """
     with ExitStack() as stack:
-        outcome: Path | UserError | None = None
+        folder, error = None, None
         if distributed.is_main():
             try:
-                outcome = _take(config, checkpoint, stack)
-            except UserError as error:
-                outcome = error
-        folder = distributed.from_main(outcome if isinstance(outcome, Path) else None)
-        if isinstance(outcome, UserError):
-            raise outcome
-        if folder is None:
-            raise SystemExit(1)  # the main process says why
+                folder = _take(config, checkpoint, stack)
+            except UserError as reason:
+                error = str(reason)
+        folder, error = distributed.from_main((folder, error))
+        if error:
+            raise SharedError(error)
+        if checkpoint and len(set(distributed.gather(_place(checkpoint)))) > 1:
+            raise SharedError(f"{checkpoint.path}: changed while the processes read it; start again")
         yield replace(config, run=replace(config.run, output_dir=folder))
 
 
@@ -108,42 +107,32 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"--output-dir {folder}: cannot be written ({files.reason_of(error)})") from None
 
 
-def prepare_folder(config: Config, checkpoint: Checkpoint | None) -> None:
-    """Makes the output folder, in the main process.
-
-    Raises:
-        UserError: if it cannot be written, or :func:`check_folder` refuses it.
-    """
-    if not distributed.is_main():
-        return
-    make_folder(config.run.output_dir)
-    if not config.run.test_only:
-        check_folder(config.run.output_dir, checkpoint)
-
-
 def check_folder(folder: Path, checkpoint: Checkpoint | None) -> None:
     """Keeps a run from writing over the work of another one, or over its own.
+
+    A damaged checkpoint gets another name, so that it does not take the place of the one before it.
 
     Raises:
         UserError: if the folder holds the checkpoint of another run than that of ``checkpoint``, or a later one.
     """
-    existing = next((folder / name for name in CHECKPOINTS if os.path.lexists(folder / name)), None)
-    if existing is None:
-        return
-    if checkpoint is None or checkpoint.path.resolve().parent != folder.resolve():
-        raise UserError(f"--output-dir {folder}: holds {existing.name}; --resume {existing}, or name another")
-    if checkpoint.path.name != existing.name and _is_later(existing, checkpoint):
-        raise UserError(f"--resume {checkpoint.path}: {existing} is a later one; name another --output-dir")
+    for existing in (folder / name for name in (NEWEST, PREVIOUS) if os.path.lexists(folder / name)):
+        if checkpoint is None or checkpoint.path.resolve().parent != folder.resolve():
+            raise UserError(f"--output-dir {folder}: holds {existing.name}; --resume {existing}, or name another")
+        if checkpoint.path.name == existing.name:
+            return
+        try:
+            found = Checkpoint.load(existing)
+        except UserError:
+            damaged = existing.with_stem(f"{existing.stem}_damaged")
+            files.move(existing, damaged)
+            warn(f"{existing}: cannot be read, and is now called {damaged.name}")
+            continue
+        if _place(found) > _place(checkpoint):
+            raise UserError(f"--resume {checkpoint.path}: {existing} is a later one; name another --output-dir")
 
 
-def _is_later(existing: Path, checkpoint: Checkpoint) -> bool:
-    try:
-        found = Checkpoint.load(existing)
-    except UserError as error:
-        warn(f"{error}; the run goes on from {checkpoint.path}")
-        return False
-    here, there = checkpoint.position, found.position
-    return (there.epoch, there.step) > (here.epoch, here.step)
+def _place(checkpoint: Checkpoint) -> tuple[int, int]:
+    return checkpoint.position.epoch, checkpoint.position.step
 
 
 @contextmanager
@@ -199,7 +188,7 @@ def _lock(descriptor: int, folder: Path) -> bool:
 def _owner(descriptor: int) -> str:
     try:
         owner: dict[str, Any] = json.loads(os.read(descriptor, 1000))
-        return f"process {int(owner['pid'])} on {owner['host']!s:.100} since {owner['since']!s:.30}"
+        return printable(f"process {int(owner['pid'])} on {owner['host']!s:.100} since {owner['since']!s:.30}")
     except (KeyError, OSError, TypeError, ValueError):
         return "which has not said who it is"
 

@@ -14,6 +14,7 @@ from balanced_learning.training import inference, load_detector
 from balanced_learning.training.data.image_files import find_images, picture_files
 from balanced_learning.training.errors import UserError
 from examples import predict
+from tests.training.disks import NO_ROOM, filled, while_written
 from tests.training.small import save_untrained
 
 
@@ -249,6 +250,35 @@ def test_what_is_done_when_the_user_stops_it_is_kept(run, error, monkeypatch):
     assert error("in") == "stopped after 2 of 3 images"
     assert json.loads(Path("out/predictions.json").read_text()) == whole[:2]
     assert not list(Path("out").glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("name", ["b.png", "predictions.json"])
+def test_a_full_disk_ends_it_in_one_line_and_what_is_done_is_kept(error, small_disk, tmp_path, monkeypatch, name):
+    (tmp_path / "out").symlink_to(small_disk)
+    monkeypatch.chdir(tmp_path)
+    for image in ("in/a.png", "in/b.png"):
+        draw(image)
+    (small_disk / "predictions.json").write_text("old")
+    while_written(monkeypatch, name, lambda: filled(small_disk))
+    assert error("in", "--score", 0) == f"error: out/{name}: cannot be written ({NO_ROOM})"
+    done = (small_disk / "predictions.json").read_text()
+    if name == "b.png":
+        assert [record["file"] for record in json.loads(done)] == ["in/a.png"]
+    else:
+        assert done == "old"
+
+
+def test_pictures_take_the_place_of_links(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw("in/a.jpg")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "precious").write_text("precious")
+    for name in ("a.jpg", "predictions.json"):
+        (tmp_path / "out" / name).symlink_to(tmp_path / "precious")
+    run("in")
+    assert (tmp_path / "precious").read_text() == "precious"
+    with Image.open("out/a.jpg") as picture:
+        assert picture.format == "JPEG"
 
 
 def test_by_default_predictions_lie_beside_the_checkpoint(checkpoint, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
@@ -17,9 +18,10 @@ from torchvision.models import WeightsEnum, get_model
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
 from balanced_learning.training import distributed, load_detector
-from balanced_learning.training.data import splits
+from balanced_learning.training.data import batching, splits
 from balanced_learning.training.data.shapes import shapes_dataset
 from examples import train_torchvision_libra
+from tests.training.coco_data import add_images
 from tests.training.small import SMALL, fingerprint, scripted
 
 
@@ -140,7 +142,7 @@ def test_the_learning_rate_scales_with_the_batch_and_says_so(tmp_path, coco_root
 
 
 def test_the_number_of_loader_processes_changes_nothing(tmp_path, coco_root, train):
-    _add_images(coco_root, "train", 4)
+    add_images(coco_root, "train", 4)
     for workers in (0, 1, 3):
         options = ["--data-path", coco_root, *SMALL, "-j", workers, "--epochs", 2, "--data-augmentation", "ssd"]
         train(*options, "--output-dir", tmp_path / str(workers))
@@ -181,6 +183,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, coco_root, train, monkeypatch):
 TWO_PROCESSES = """
 import sys
 from examples import train_torchvision_libra
+from tests.training.coco_data import add_images
 from tests.training.small import fingerprint
 train_torchvision_libra.evaluate_detections = fingerprint
 train_torchvision_libra.main(sys.argv[1:])
@@ -189,8 +192,8 @@ train_torchvision_libra.main(sys.argv[1:])
 
 @pytest.mark.usefixtures("_fingerprint")
 def test_two_processes_evaluate_an_odd_number_of_images_once_each(tmp_path, coco_root, train):
-    _add_images(coco_root, "train", 1)
-    _add_images(coco_root, "val", 2)
+    add_images(coco_root, "train", 1)
+    add_images(coco_root, "val", 2)
     (tmp_path / "program.py").write_text(TWO_PROCESSES)
     options = ["--data-path", coco_root, *SMALL, "-b", 1]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
@@ -228,11 +231,12 @@ class Recorder(nn.Module):
 
 
 def test_seeds_epochs_and_processes_share_no_draw(tmp_path, coco_root, train, monkeypatch):
-    _add_images(coco_root, "train", 8)
-    options = ["--data-path", coco_root, *SMALL, "--epochs", 3, "--data-augmentation", "ssd"]
+    add_images(coco_root, "train", 8)
+    options = ["--data-path", coco_root, *SMALL, "-b", 1, "--epochs", 3, "--data-augmentation", "ssd"]
     images, draws = [], []
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(batching, "distributed", SimpleNamespace(rank=distributed.rank, world_size=lambda: 2))
         for seed in (0, 1):
             recorder = Recorder()
             monkeypatch.setattr(train_torchvision_libra, "make_model", lambda *_, recorder=recorder: recorder)
@@ -241,17 +245,6 @@ def test_seeds_epochs_and_processes_share_no_draw(tmp_path, coco_root, train, mo
             draws += [step[1] for step in recorder.steps]
     assert len(draws) == len(set(draws)) == 2 * 2 * 3 * 5
     assert len(images) == len(set(images))
-
-
-def _add_images(root, split, count):
-    file = root / "annotations" / f"instances_{split}2017.json"
-    content = json.loads(file.read_text())
-    for image_id in range(31, 31 + count):
-        source = root / f"{split}2017" / content["images"][0]["file_name"]
-        source.with_name(f"{image_id}.png").write_bytes(source.read_bytes())
-        content["images"].append({"id": image_id, "file_name": f"{image_id}.png"})
-        content["annotations"].append({**content["annotations"][0], "id": image_id, "image_id": image_id})
-    file.write_text(json.dumps(content))
 
 
 def test_images_without_boxes_are_trained_on_if_kept(tmp_path, coco_root, edit, train, error):
@@ -426,7 +419,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, coco_root, error, wo
     file = coco_root / "train2017" / "11.png"
     content = file.read_bytes()
     file.write_bytes(content[:60] + content[-12:])  # header and end are whole, so the check before training passes
-    message = error("--data-path", coco_root, *SMALL, "-j", workers, "--output-dir", tmp_path)
+    message = error("--data-path", coco_root, *SMALL, "--strict-data", "-j", workers, "--output-dir", tmp_path)
     assert f"{file} is unreadable" in message
 
 

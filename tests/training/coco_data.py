@@ -44,6 +44,18 @@ def edit(coco_root: Path) -> Callable:
     return change
 
 
+def add_images(root: Path, split: str, count: int) -> None:
+    """Adds copies of the first image of "train" or "val", with its first box, and ids from 31 on."""
+    file = root / "annotations" / f"instances_{split}2017.json"
+    content = json.loads(file.read_text())
+    for image_id in range(31, 31 + count):
+        source = root / f"{split}2017" / content["images"][0]["file_name"]
+        source.with_name(f"{image_id}.png").write_bytes(source.read_bytes())
+        content["images"].append({"id": image_id, "file_name": f"{image_id}.png"})
+        content["annotations"].append({**content["annotations"][0], "id": image_id, "image_id": image_id})
+    file.write_text(json.dumps(content))
+
+
 @pytest.fixture
 def real_data() -> Callable[[str], Path]:
     def folder(name: str) -> Path:

@@ -7,6 +7,7 @@ from balanced_learning.detection.imbalance import MatchedProposals, bin_edges, i
 from balanced_learning.training.data.coco import read_split
 from balanced_learning.training.data.dataset import DetectionDataset
 from balanced_learning.training.data.labels import Labels
+from balanced_learning.training.errors import UserError
 from balanced_learning.training.reporting import evaluation_picture, figures
 from balanced_learning.training.reporting.evaluation_picture import (
     CROWD,
@@ -17,6 +18,7 @@ from balanced_learning.training.reporting.evaluation_picture import (
     match_detections,
     save_evaluation,
 )
+from tests.training.disks import NO_ROOM, filled
 
 
 def boxes_of(*rows) -> dict[str, torch.Tensor]:
@@ -193,6 +195,17 @@ def test_strips_make_no_endless_figures(tmp_path, size):
     for name in ("p.png", "b.png"):
         with Image.open(tmp_path / name) as picture:
             assert max(picture.size) < 8000
+
+
+def test_a_figure_that_cannot_be_written_is_named_and_curves_are_gone_without(small_disk, capsys):
+    shares, edges = {"random": torch.rand(3)}, torch.linspace(0, 0.6, 4)
+    with filled(small_disk):
+        with pytest.raises(UserError, match=rf"/ious\.png: cannot be written \({NO_ROOM}\)"):
+            figures.save_iou_shares(small_disk / "ious.png", shares, edges, [0.0, 0.6])
+        figures.save_curves(small_disk / "curves.png", [{"epoch": 0, "loss": 1.0}])
+    assert capsys.readouterr().err == f"warning: {small_disk}/curves.png: cannot be written ({NO_ROOM})\n"
+    assert not list(small_disk.iterdir())
+    assert not figures.plt.get_fignums()
 
 
 def test_the_real_sheet(real_data, tmp_path):

@@ -1,8 +1,11 @@
+import multiprocessing
+
 import numpy as np
 import pytest
 
 from balanced_learning.training.data import coco
 from balanced_learning.training.data.coco import read_split
+from tests.training.disks import NO_ROOM, filled
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +76,34 @@ def test_a_cache_that_cannot_be_written_is_told_of(coco_root, index_folder, caps
     assert len(split.images) == 2
     assert not isinstance(split.columns.boxes, np.memmap)
     assert "no index kept" in capsys.readouterr().err
+
+
+def test_a_full_cache_is_told_of_and_kept_tidy(coco_root, small_disk, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small_disk))
+    with filled(small_disk):
+        split = read_split(coco_root, "train2017")
+        assert len(split.images) == 2
+        assert not list((small_disk / "balanced-learning").iterdir())
+    assert f"no index kept ({NO_ROOM})" in capsys.readouterr().err
+
+
+def keep_index(root, go, results):
+    go.wait()
+    results.put(content(read_split(root, "train2017")))
+
+
+def test_processes_that_start_together_share_one_index(coco_root, index_folder, capfd):
+    fork = multiprocessing.get_context("fork")
+    go, results = fork.Barrier(4), fork.SimpleQueue()
+    starts = [fork.Process(target=keep_index, args=(coco_root, go, results)) for _ in range(4)]
+    for start in starts:
+        start.start()
+    found = [results.get() for _ in starts]
+    for start in starts:
+        start.join()
+    assert found == [content(read_split(coco_root, "train2017"))] * 4
+    assert len(list(index_folder.iterdir())) == 1
+    assert capfd.readouterr().err == ""
 
 
 def test_names_and_sizes_that_were_found_are_in_the_index(coco_root, edit, capsys):

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 from itertools import combinations
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 from balanced_learning.training.data.coco import read_split
 from balanced_learning.training.data.shapes import CATEGORIES, shapes_dataset
 from balanced_learning.training.errors import UserError
+from tests.training.disks import NO_ROOM, filled
 
 NOTED_BOXES = [
     (1, 23, 0, 75, 75),
@@ -78,6 +80,33 @@ def test_the_same_images_are_evaluated_whatever_is_trained_on():
 
 def _annotations(root):
     return json.loads((root / "annotations/instances_train2017.json").read_text())
+
+
+def test_a_full_cache_is_named_and_kept_tidy(small_disk, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small_disk))
+    message = rf"shapes-2-1-0: cannot be written \({NO_ROOM}\); set XDG_CACHE_HOME"
+    with filled(small_disk), pytest.raises(UserError, match=message):
+        shapes_dataset(train=2, val=1)
+    assert not list((small_disk / "balanced-learning").iterdir())
+    shapes_dataset(train=2, val=1)
+
+
+def draw(go, results):
+    go.wait()
+    results.put(_annotations(shapes_dataset(train=3, val=1)))
+
+
+def test_processes_that_start_together_share_one_data_set(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    go, results = fork.Barrier(4), fork.SimpleQueue()
+    starts = [fork.Process(target=draw, args=(go, results)) for _ in range(4)]
+    for start in starts:
+        start.start()
+    found = [results.get() for _ in starts]
+    for start in starts:
+        start.join()
+    assert found == [_annotations(shapes_dataset(train=3, val=1))] * 4
+    assert [each.name for each in (tmp_path / "cache" / "balanced-learning").iterdir()] == ["shapes-3-1-0"]
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from balanced_learning.training import distributed
 from balanced_learning.training.config import Config
 from balanced_learning.training.errors import UserError, printable
 from balanced_learning.training.files import reason_of, write_text
+from balanced_learning.training.opening import open_file
 
 
 def write_config(path: Path, config: Config) -> None:
@@ -37,12 +38,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: if the file cannot be read, or a line of it is no row.
     """
-    if not path.exists():
-        return []
-    if not path.is_file():
-        raise UserError(f"{printable(path)}: not a file")
     try:
-        lines = path.read_bytes().splitlines()
+        with open_file(path) as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return []
     except OSError as error:
         raise UserError(f"{printable(path)}: cannot be read ({reason_of(error)})") from None
     return [_row(path, number, line) for number, line in enumerate(lines, 1)]
