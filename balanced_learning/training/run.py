@@ -152,17 +152,20 @@ class Run:
         return f"{path}"
 
     def means(self) -> dict[str, float]:
-        """The means of the losses over the epoch's images so far, of all processes, and of their sum ``loss``."""
+        """The means of the losses over the epoch's images so far, of all processes, and of their sum ``loss``.
+
+        There are none where no step has been taken.
+        """
         total = _total(distributed.gather(self.sums))
         images = total.pop("images", math.nan)
         means = {name: value / images for name, value in total.items()}
-        return {**means, "loss": math.fsum(means.values())}
+        return {**means, "loss": math.fsum(means.values())} if means else {}
 
     def end_epoch(self, metrics: dict[str, Any]) -> None:
         """Ends the epoch with a row of its losses and of these metrics, and saves; the best AP so far twice."""
         training = self.config.training
         last_step = (self.epoch + 1) * self.iterations - 1
-        images = _total(distributed.gather(self.sums))["images"]
+        images = _total(distributed.gather(self.sums)).get("images", 0.0)
         row: dict[str, Any] = {"epoch": self.epoch, **self.means()}
         row["lr"] = training.lr * lr_factor(training, self.iterations, last_step)
         if self.skipped_steps:
