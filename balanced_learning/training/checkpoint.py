@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class Position:
                 raise ValueError(f"{name} must be a whole number of at least {low}, got {shown(value)}")
         if self.step > self.iterations:
             raise ValueError(f"step must be at most the {self.iterations} of an epoch, got {self.step}")
+        if self.skipped_steps > self.step:
+            raise ValueError(f"skipped_steps must be at most the {self.step} that are done, got {self.skipped_steps}")
         if type(self.seconds) is not float or not 0 <= self.seconds < math.inf:
             raise ValueError(f"seconds must be a number of at least 0, got {shown(self.seconds)}")
         _check_rows("sums", self.sums, (float,))
@@ -205,6 +207,14 @@ class Checkpoint:
                 raise UserError(
                     f"{printable(self.path)}: does not fit the {name} that its own settings make: {error}"
                 ) from None
+
+    def averaged(self) -> "Checkpoint":
+        """The same with the moving average of the weights in their place, if the run kept one: what it evaluates."""
+        states = dict(self.states)
+        average = states.pop("ema", None)
+        if isinstance(average, dict):
+            states["model"] = {str(k).removeprefix("module."): v for k, v in average.items() if k != "n_averaged"}
+        return replace(self, states=states)
 
     def check_data(self, split: Split, config: Config | None = None, iterations: int | None = None) -> None:
         """Compares the data of the run with those of another one, and how they are batched.
