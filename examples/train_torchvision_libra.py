@@ -64,6 +64,10 @@ def main(argv: list[str] | None = None) -> None:
                     f"{stopped}; the same command with --resume auto goes on (exit code {EXIT_CODE})", file=sys.stderr
                 )
             sys.exit(EXIT_CODE)
+        except RuntimeError as error:
+            if not distributed.is_of_another_process(error):
+                raise
+            sys.exit(f"error: process {distributed.rank()} has lost another one, which says why if it could")
         finally:
             distributed.stop()
 

@@ -1,12 +1,16 @@
 """One process, or several started by torchrun or SLURM, seen alike."""
 
 import os
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from balanced_learning.training.errors import SharedError, UserError
 from balanced_learning.training.meeting import is_torchruns_store, meet_at_torchrun
@@ -86,6 +90,41 @@ def share_buffers(model: nn.Module) -> None:
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """The module, with gradients that are means over the processes; their bits do not depend on the steps before."""
+    if world_size() == 1:
+        return module
+    # Without the search for unused parameters the gradients would be sent in another order, and so be summed in
+    # another one, from the second step of each process on: a run that goes on would not be the same.
+    # Statistics of batch norm need not be the same: those of the main process are saved and evaluated.
+    options: Any = {"find_unused_parameters": True, "broadcast_buffers": False}
+    tiny = nn.Linear(1, 1, device=next(module.parameters()).device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of another name for the buffers, which older torch has not
+        with _deaf_stderr():  # that all parameters are used is said once in a process, in many words
+            DistributedDataParallel(tiny, **options)(tiny.weight.detach())
+        return DistributedDataParallel(module, **options)
+
+
+@contextmanager
+def _deaf_stderr() -> Iterator[None]:
+    """Drops what is written to the file behind standard error, by C++ too."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def is_of_another_process(error: RuntimeError) -> bool:
+    """Whether torch says by this error that another process is gone."""
+    return world_size() > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
 
 
 def barrier() -> None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from balanced_learning.training import distributed, randomness
 from balanced_learning.training.data.batching import Batch
@@ -51,12 +50,7 @@ class Stepper:
         self.run = run
         self.report = report
         self.losses = Losses(run.model)
-        self.parallel: nn.Module = self.losses
-        if distributed.world_size() > 1:
-            # Without the search for unused parameters the gradients would be sent in another order, and so be summed
-            # in another one, from the second step of each process on: a run that goes on would not be the same.
-            # Statistics of batch norm need not be the same: those of the main process are saved and evaluated.
-            self.parallel = DistributedDataParallel(self.losses, find_unused_parameters=True, broadcast_buffers=False)
+        self.parallel = distributed.parallel(self.losses)
         norms = [module for module in run.model.modules() if isinstance(module, _BatchNorm)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self._last: _Step | None = None
