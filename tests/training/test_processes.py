@@ -95,7 +95,7 @@ def test_numbers_that_go_wrong_on_one_process_are_left_out_on_all(options, tmp_p
     assert (main.code, other.code) == (0, 0)
     told = re.findall(r"warning: step (\d) of epoch (\d) is left out: loss_width is nan on process 1, images", main.err)
     assert told == [("0", "0"), ("0", "1")]
-    assert "warning" not in other.err
+    assert other.err == ""
     state = state_of(tmp_path / "run/checkpoint.pth")
     assert [row.pop("skipped_steps") for row in state["history"]] == [1, 1]
     run_processes(2, tmp_path / "1", skip, [*options, "--output-dir", tmp_path / "without"])
@@ -105,7 +105,7 @@ def test_numbers_that_go_wrong_on_one_process_are_left_out_on_all(options, tmp_p
     main, other = run_processes(2, tmp_path / "2", spoil_one, limited)
     assert (main.code, other.code) == (1, 1)
     assert "error: training diverged: more than --max-skipped-steps 0 of epoch 0 are left out" in main.err
-    assert "error" not in other.err
+    assert other.err == ""
     assert (tmp_path / "limited/skipped_00.pth").exists()
 
 
@@ -123,7 +123,7 @@ def images_of(world_size, folder, options):
     """The images of each step, as the processes together saw them."""
     assert {outcome.code for outcome in run_processes(world_size, folder, record, options, folder)} == {0}
     shares = [torch.load(folder / str(rank)) for rank in range(world_size)]
-    return [sum(parts, []) for parts in zip(*shares, strict=True)]
+    return [[image for part in parts for image in part] for parts in zip(*shares, strict=True)]
 
 
 def test_a_run_goes_on_with_another_number_of_processes(options, tmp_path, capsys):
@@ -135,10 +135,8 @@ def test_a_run_goes_on_with_another_number_of_processes(options, tmp_path, capsy
         begun = images_of(first, tmp_path / f"{first}a", [*options, *at, "-b", 4 // first, "--epochs", 1])
         with pytest.raises(SystemExit) as caught:
             start([*options, *at, "-b", 3])
-        assert (
-            f"{folder}/checkpoint.pth: made with 4 images a step; here -b 3 of one process make 3: pass -b 2 "
-            in str(caught.value)
-        )
+        refused = str(caught.value)
+        assert "made with 4 images a step; here -b 3 of one process make 3: pass -b 2 --accumulation-steps 2" in refused
         rest = images_of(then, tmp_path / f"{first}b", [*options, *at, "-b", 4 // then])
         assert begun + rest == whole
         assert [row["epoch"] for row in rows(folder)] == [0, 1]
