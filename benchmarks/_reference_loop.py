@@ -35,7 +35,7 @@ def make_loader(
     infos = [data.coco.imgs[data.ids[index]] for index in used]
     edges = 2 ** np.linspace(-1, 1, 2 * group_factor + 1)
     groups = np.searchsorted(edges, [info["height"] / info["width"] for info in infos], side="right").tolist()
-    subset = Subset(data, used)
+    subset: Any = Subset(data, used)
     batches = _GroupedBatches(RandomSampler(subset), groups, batch_size)
     return DataLoader(subset, batch_sampler=batches, num_workers=workers, collate_fn=_columns)
 

@@ -123,9 +123,8 @@ def train(config: Config, checkpoint: Checkpoint | None, precision: Precision, s
     say(lr_note(config))
     if checkpoint:
         say(f"continuing from {checkpoint.path}, in {run.place()}, to {config.training.epochs} epochs")
-    if is_main:
-        write_rows(run.folder / "metrics.jsonl", run.history)
-        write_config(run.folder / "args.json", config)
+    distributed.in_main(lambda: write_rows(run.folder / "metrics.jsonl", run.history))
+    distributed.in_main(lambda: write_config(run.folder / "args.json", config))
     tensorboard = TensorBoard(run) if config.run.tensorboard and is_main else None
     with signals.deferred():  # from here on they are asked for between two batches
         while not run.is_over():
@@ -134,9 +133,9 @@ def train(config: Config, checkpoint: Checkpoint | None, precision: Precision, s
             name = f"{run.epoch:02}"
             evaluation = evaluate(name)
             run.end_epoch(evaluation.row() if evaluation else {})
+            distributed.in_main(lambda: write_rows(run.folder / "metrics.jsonl", run.history))
             if evaluation:
                 print(report(evaluation) if run.is_over() else summary(evaluation))
-                write_rows(run.folder / "metrics.jsonl", run.history)
                 save_curves(run.folder / "curves.png", run.history)
             if tensorboard:
                 tensorboard.write(run.history[-1], run.folder / f"evaluation_{name}.png")

@@ -3,6 +3,8 @@
 import reprlib
 import sys
 
+_LONGEST = 4096  # characters, as of the longest path on Linux
+
 
 class UserError(Exception):
     """Bad input; the message names the file, the entry or the flag. Programs print it without a traceback."""
@@ -19,7 +21,9 @@ def warn(message: str) -> None:
 
 def printable(text: object) -> str:
     """The text on one line, for a message: characters that steer a terminal, or that no stream takes, are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    written = str(text)
+    written = written if len(written) <= _LONGEST else f"{written[:_LONGEST]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in written)
 
 
 def shown(value: object) -> str:

@@ -119,14 +119,8 @@ class Run:
             raise SharedError(f"training diverged: in {self.place()}, weights are not finite; {HINTS}")
         position = self._position(distributed.gather(self.sums))
         write = save_newest if name == "checkpoint.pth" else save
-        error = None
-        if distributed.is_main():
-            try:
-                write(self.folder / name, self._parts(), config=self.config, labels=self.labels, position=position)
-            except UserError as reason:
-                error = str(reason)
-        if error := distributed.from_main(error):
-            raise SharedError(error)
+        about: dict[str, Any] = {"config": self.config, "labels": self.labels, "position": position}
+        distributed.in_main(lambda: write(self.folder / name, self._parts(), **about))
 
     def _position(self, sums: list[dict[str, float]]) -> Position:
         return Position(

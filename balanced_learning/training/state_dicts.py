@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from balanced_learning.training.errors import UserError, printable
 from balanced_learning.training.opening import open_file
 
+_DIRECTORY = 0x10  # attribute of an entry of a zip file
 _ENTRIES = ("model", "state_dict", "model_state_dict")
 _OTHER = "damaged, or another kind of file"
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DataParallel and averages, torch.compile, Lightning
@@ -35,7 +37,9 @@ def read_tensors(path: Path, source: str, *, hint: str = "") -> Any:
         if path.suffix == ".safetensors":
             return _read_safetensors(path, source)
         # torchvision's programs save their arguments as a Namespace.
-        with open_file(path) as file, torch.serialization.safe_globals([argparse.Namespace]):
+        allowed = torch.serialization.safe_globals([argparse.Namespace])
+        with open_file(path) as file, allowed, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about forms of its files
             if zipfile.is_zipfile(file):
                 _verify(file)
             file.seek(0)
@@ -61,9 +65,12 @@ def _verify(file: BinaryIO) -> None:
     size = file.seek(0, 2)
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-        packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
-        if packed or sum(entry.file_size for entry in entries) > size:
+        if sum(entry.file_size for entry in entries) > size:
             raise _DamagedError("its entries are longer than the file")
+        for entry in entries:
+            is_packed = entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size
+            if is_packed or entry.is_dir() or entry.external_attr & _DIRECTORY:  # of which torch.load reads nothing
+                raise _DamagedError(f"{printable(entry.filename)[:80]} (not as torch.save writes it)")
         if not any(entry.CRC for entry in entries):  # as torch.serialization.set_crc32_options(False) has it
             return
         for entry in entries:

@@ -1,6 +1,7 @@
 """The batch script for SLURM, with stand-ins for srun and scontrol: no SLURM has run it."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from tests.training.small import SMALL
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "slurm" / "train.sbatch"
@@ -145,3 +148,22 @@ def test_a_job_that_fails_is_not_repeated(submitted, start):
     (submitted / "examples" / "train_torchvision_libra.py").write_text("import sys\nsys.exit(1)\n")
     assert start(*OPTIONS).wait(60) == 1
     assert requeued(submitted) == []
+
+
+@pytest.mark.slow
+def test_the_training_program_goes_back_into_the_queue(submitted, start, coco_root, monkeypatch):
+    (submitted / "examples" / "train_torchvision_libra.py").unlink()
+    (submitted / "examples").rmdir()
+    (submitted / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}")
+    options = "--data-path", coco_root, *SMALL, "-b", "1", "--epochs", "8", "--output-dir", "a run"
+    job = start(*options)
+    wait_for((submitted / "a run" / "checkpoint.pth").exists)
+    signal_step(submitted, signal.SIGUSR1)
+    assert job.wait(60) == 75
+    assert requeued(submitted) == [f"requeue {os.getpid()}"]
+
+    assert start(*options).wait(120) == 0
+    rows = (submitted / "a run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["epoch"] for row in rows] == list(range(8))
+    assert len(requeued(submitted)) == 1

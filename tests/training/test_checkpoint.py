@@ -103,6 +103,21 @@ def test_every_flipped_byte_of_tensors_is_found(saved):
     Checkpoint.load(path)
 
 
+def test_an_entry_that_is_marked_as_a_folder_is_found(saved):
+    """torch.load reads nothing of it, whatever is there."""
+    path, model = saved
+    with zipfile.ZipFile(path) as archive:
+        start = archive.start_dir
+        name = next(entry.filename for entry in archive.infolist() if "/data/" in entry.filename)
+    flip(path, path.read_bytes().index(name.encode(), start) - 8)  # bit 0 of the attributes: read-only
+    Checkpoint.load(path)
+    data = bytearray(path.read_bytes())
+    data[bytes(data).index(name.encode(), start) - 8] = 0x10
+    path.write_bytes(data)
+    assert not all(map(torch.equal, torch.load(path)["model"].values(), model.state_dict().values()))
+    refused(path, rf"damaged: {name} \(not as torch\.save writes it\)")
+
+
 def test_the_one_before_is_taken_with_a_word_if_the_newest_is_damaged(saved, capsys):
     path, model = saved
     later = STATE | {"position": replace(POSITION, step=6)}
@@ -198,6 +213,7 @@ def test_a_setting_of_a_later_version_is_named(edit, saved):
         ("sums", [{"loss": 1.0}]),
         ("sums", [{"images": math.nan}]),
         ("skipped_steps", 0.5),
+        ("skipped_steps", 6),
         ("seconds", -1.0),
         ("sums", {"loss": 0.1}),
         ("history", [3]),
@@ -220,7 +236,7 @@ def test_an_entry_that_no_run_can_have_is_named(edit, name, value):
 def test_a_position_beyond_the_last_epoch_is_named(edit):
     Checkpoint.load(edit(config=CONFIG.plain() | {"epochs": 5}))
     refused(edit(config=CONFIG.plain() | {"epochs": 4}), "cannot be read: its epoch must be one of the 4, got 4")
-    Checkpoint.load(edit(step=0, sums=[]))
+    Checkpoint.load(edit(step=0, sums=[], skipped_steps=0))
 
 
 @pytest.mark.parametrize("name", ["history", "categories", "epoch", "model", "config", "num_classes"])

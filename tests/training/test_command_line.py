@@ -1,3 +1,5 @@
+import os
+import threading
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -183,6 +185,23 @@ def test_a_program_that_does_not_train_takes_other_settings_of_training(checkpoi
 def test_settings_that_contradict_each_other_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         config_of("--data-path", "coco", *flags)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    errors = []
+
+    def read():
+        for flag in ("--recipe", "--resume"):
+            with pytest.raises(UserError) as caught:
+                config_of("--data-path", "x", flag, "pipe")
+            errors.append(str(caught.value))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert len(errors) == 2
+    assert all("pipe: cannot be read (not a file but a folder, pipe or device)" in error for error in errors)
 
 
 def test_an_epoch_to_start_from_is_refused_beside_a_checkpoint(checkpoint):

@@ -4,7 +4,7 @@ from PIL import Image
 
 from balanced_learning.training.data.augmentation import augmentation
 from balanced_learning.training.data.coco import read_split
-from balanced_learning.training.data.dataset import DetectionDataset
+from balanced_learning.training.data.dataset import DetectionDataset, Share
 from balanced_learning.training.errors import UserError
 
 
@@ -106,3 +106,15 @@ def test_an_image_spoilt_since_the_check_is_named(coco_root):
     file.write_bytes(file.read_bytes()[:60])
     with pytest.raises(UserError, match=f"{file} is unreadable"):
         dataset[0]
+
+
+def test_batches_are_handed_over_as_bytes_and_hold_the_same_images_on_the_device(coco_root):
+    colors = [(0, 51, 255), (17, 128, 254)]
+    for name, color in zip(("11.png", "12.png"), colors, strict=True):
+        Image.new("RGB", (64, 48), color).save(coco_root / "train2017" / name)
+    dataset = DetectionDataset(read_split(coco_root, "train2017"), {90: 1, 3: 2}, transforms=augmentation("hflip"))
+    batch = dataset.__getitems__(Share([0, 1], images=2, step=0))
+    assert [image.dtype for image in batch.images] == [torch.uint8] * 2
+    for image, alone, color in zip(batch.to("cpu").images, (dataset[0][0], dataset[1][0]), colors, strict=True):
+        assert image.equal(alone)
+        assert image[:, 0, 0].tolist() == pytest.approx([channel / 255 for channel in color], abs=1e-7)

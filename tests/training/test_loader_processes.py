@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ import multiprocessing, os, signal, sys, time
 import torch
 from balanced_learning import _torch_private
 from balanced_learning.training.data.batching import DetectionLoader, OneByOne
+
+multiprocessing.set_start_method("forkserver")  # the default of Python 3.14
 
 class Slow:
     def __getitems__(self, share):
@@ -247,3 +250,17 @@ def test_a_loader_that_is_stuck_is_killed(killed, monkeypatch):
     batches.close()
     assert multiprocessing.active_children() == []
     assert len(killed) == 1
+
+
+class Many(Numbers):
+    def __getitems__(self, share):
+        return [torch.tensor(share.step) for _ in range(200)]
+
+
+def test_tensors_may_be_more_than_the_files_that_a_shell_allows():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        assert len(list(DetectionLoader(Many(), OneByOne(10), 2, torch.device("cpu")))) == 10
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from balanced_learning.training.data import splits
 from balanced_learning.training.data.splits import read_splits
 from balanced_learning.training.errors import UserError
 from tests.training.small import SMALL, config_of
@@ -48,3 +49,15 @@ def test_images_that_are_not_trained_on_may_be_of_any_shape(coco_root, edit):
     read_splits(config_of("--data-path", coco_root, *SMALL))
     with pytest.raises(UserError, match="image 12"):
         read_splits(config_of("--data-path", coco_root, *SMALL, "--keep-empty"))
+
+
+def test_no_process_waits_for_shapes_that_the_main_one_cannot_draw(monkeypatch):
+    def fail():
+        raise UserError("no space")
+
+    arrived = []
+    monkeypatch.setattr(splits, "shapes_dataset", fail)
+    monkeypatch.setattr(splits.distributed, "barrier", lambda: arrived.append(True))
+    with pytest.raises(UserError, match="no space"):
+        read_splits(config_of(*SMALL))
+    assert arrived == [True]

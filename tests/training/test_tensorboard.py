@@ -1,3 +1,6 @@
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
@@ -5,8 +8,9 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from balanced_learning import IoUBalancedSampler
 from balanced_learning.detection.matching import Matches
 from balanced_learning.detection.stages import taking_labels
-from balanced_learning.training.reporting.tensorboard import ObservedSampler
+from balanced_learning.training.reporting.tensorboard import ObservedSampler, TensorBoard
 from examples.train_torchvision_libra import main
+from tests.training.disks import NO_FILE, NO_ROOM, filled, removed
 from tests.training.small import SMALL
 
 LABELS, IOUS = torch.tensor([1, 0, 0, 0, -1]), torch.tensor([0.9, 0.1, 0.2, 0.4, 0.5])
@@ -45,6 +49,24 @@ def test_tensorboard_gets_metrics_and_sampled_ious(coco_root, tmp_path, options)
     assert {"loss", "AP", "dAP50/missed", "AP/toothbrush"} <= set(events.Tags()["scalars"])
     has_histogram = "IoU of sampled negatives" in events.Tags()["histograms"]
     assert has_histogram == ("--no-box-loss" not in options)
+
+
+@pytest.mark.parametrize(("trouble", "reason"), [(filled, NO_ROOM), (removed, NO_FILE)])
+def test_an_epoch_that_cannot_be_written_is_told_of_in_one_line(small_disk, capfd, trouble, reason):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = small_disk / "run"
+    folder.mkdir()
+    board = TensorBoard(SimpleNamespace(folder=folder, epoch=0, model=None))
+    values = {f"loss {i}": 1.0 for i in range(100)}
+    for epoch in range(4):
+        with trouble(folder) if epoch in (1, 2) else nullcontext():
+            board.write({"epoch": epoch, **values}, folder / "none.png")
+    told = [f"warning: {folder}: TensorBoard lacks epoch {epoch} ({reason})" for epoch in (1, 2)]
+    assert capfd.readouterr().err.splitlines() == told
+    steps = [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("loss 99")]
+    assert {0, 3} <= set(steps) <= {0, 1, 2, 3}
 
 
 def test_a_missing_package_is_named(coco_root, tmp_path, monkeypatch):

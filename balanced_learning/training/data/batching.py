@@ -123,6 +123,7 @@ class DetectionLoader(DataLoader):
             pin_memory=device.type == "cuda",
             collate_fn=_unchanged,
             worker_init_fn=ignore_signals,
+            multiprocessing_context="fork" if workers else None,  # others import torch for seconds in every epoch
         )
 
     def __iter__(self) -> Generator[Batch, None, None]:  # type: ignore[override]

@@ -4,26 +4,35 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Callable
+from glob import escape
 from pathlib import Path
 
 from balanced_learning.training.data.cache import cache_folder
 from balanced_learning.training.data.columns import Columns
 from balanced_learning.training.errors import warn
 from balanced_learning.training.files import new_folder, reason_of, write_new
+from balanced_learning.training.opening import open_file
 
 LARGE = 32 << 20  # bytes of JSON; anything smaller is read and checked anew in seconds
 _VERSION = 1
 
 
-def load_index(json_file: Path, image_dir: Path) -> tuple[Columns, dict[int, str]] | None:
-    """The index of a data set, if there is a whole one of this very JSON."""
+def load_index(
+    json_file: Path, image_dir: Path, tell: Callable[[str], None] = warn
+) -> tuple[Columns, dict[int, str]] | None:
+    """The index of a data set, if there is a whole one of this very JSON. ``tell`` is told of a damaged one."""
     try:
-        folder = _folder(json_file)
-        header = json.loads((folder / "header.json").read_text())
-        if header["of"] != _identity(json_file, image_dir):
+        folder = _folder(json_file, image_dir)
+        with open_file(folder / "header.json") as file:
+            header = json.loads(file.read())
+        if not isinstance(header, dict):
             return None
-        if header["checksums"] != _checksums(folder):
-            warn(f"{folder}: the index of {json_file} is damaged; reading anew")
+        is_whole = header.pop("checksum") == _checksum(header)
+        if is_whole and header["of"] != _identity(json_file, image_dir):
+            return None
+        if not is_whole or header["checksums"] != _checksums(folder):
+            tell(f"{folder}: the index of {json_file} is damaged; reading anew")
             return None
         categories = {int(category_id): name for category_id, name in header["categories"].items()}
         return Columns.map(folder), categories
@@ -36,8 +45,8 @@ def save_index(json_file: Path, image_dir: Path, columns: Columns, categories: d
 
     Where the cache cannot be written, a warning says so, and the arrays are returned as they are.
     """
-    folder = _folder(json_file)
     try:
+        folder = _folder(json_file, image_dir)
         with new_folder(folder) as unfinished:
             columns.write(unfinished)
             header = {
@@ -45,20 +54,26 @@ def save_index(json_file: Path, image_dir: Path, columns: Columns, categories: d
                 "categories": categories,
                 "checksums": _checksums(unfinished),
             }
-            text = json.dumps(header)
+            text = json.dumps(header | {"checksum": _checksum(header)})
             write_new(unfinished / "header.json", lambda file: file.write(text.encode()))
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists() and not load_index(json_file, image_dir, tell=lambda _: None):
+                shutil.rmtree(folder)  # a damaged one
+        for older in folder.parent.glob(f"{escape(folder.name[:-9])}-????????"):
+            if older != folder:
+                shutil.rmtree(older, ignore_errors=True)
         return Columns.map(folder)
     except OSError as error:
         if faster := load_index(json_file, image_dir):  # another process of this run
             return faster[0]
-        warn(f"{folder}: no index kept ({reason_of(error)}); the next start reads all anew")
+        warn(f"{cache_folder()}: no index kept ({reason_of(error)}); the next start reads all anew")
         return columns
 
 
-def _folder(json_file: Path) -> Path:
-    path = os.path.realpath(json_file)
-    return cache_folder() / f"index-{json_file.stem}-{zlib.crc32(os.fsencode(path)):08x}"
+def _folder(json_file: Path, image_dir: Path) -> Path:
+    """The place of the index: another one for another content, so that no index is replaced by a later one."""
+    path = zlib.crc32(os.fsencode(os.path.realpath(json_file)))
+    content = zlib.crc32(json.dumps(_identity(json_file, image_dir)).encode())
+    return cache_folder() / f"index-{json_file.stem}-{path:08x}-{content:08x}"
 
 
 def _identity(json_file: Path, image_dir: Path) -> list:
@@ -67,11 +82,15 @@ def _identity(json_file: Path, image_dir: Path) -> list:
     return [_VERSION, os.path.realpath(json_file), os.path.realpath(image_dir), stat.st_size, stat.st_mtime_ns]
 
 
+def _checksum(header: dict) -> int:
+    return zlib.crc32(json.dumps(header).encode())
+
+
 def _checksums(folder: Path) -> dict[str, int]:
     checksums = {}
     for name in Columns.array_names():
         checksum = 0
-        with (folder / f"{name}.npy").open("rb") as file:
+        with open_file(folder / f"{name}.npy") as file:
             while block := file.read(1 << 22):
                 checksum = zlib.crc32(block, checksum)
         checksums[name] = checksum

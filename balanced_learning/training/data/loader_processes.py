@@ -7,6 +7,7 @@ for which it needs its loaders.
 import atexit
 import multiprocessing
 import os
+import resource
 import signal
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -31,6 +32,7 @@ def loading(start: Callable[[], Iterator[Any]]) -> Generator[Any, None, None]:
     Args:
         start: makes the iterator, and with it the processes.
     """
+    _allow_open_files()
     before = multiprocessing.active_children()
     processes: list[Any] = []
     batches: Iterator[Any] = iter(())
@@ -60,3 +62,9 @@ def loading(start: Callable[[], Iterator[Any]]) -> Generator[Any, None, None]:
     finally:
         end()
         atexit.unregister(end)
+
+
+def _allow_open_files() -> None:
+    """Raises the limit of open files to what the system grants: each tensor of a loader process is one in this one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,6 +1,9 @@
 """TensorBoard's view of a run: the rows of metrics.jsonl, pictures, and the IoUs of the negatives that are sampled."""
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from balanced_learning.training.errors import UserError, warn
+from balanced_learning.training.files import reason_of
 from balanced_learning.training.run import Run
 
 
@@ -21,8 +25,9 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("--tensorboard: the package is missing; pip install tensorboard") from None
+        self._open = partial(SummaryWriter, str(run.folder))
         # What an earlier process wrote of epochs that are trained again is not to be shown.
-        self.writer = SummaryWriter(str(run.folder), purge_step=run.epoch)
+        self.writer: Any = self._open(purge_step=run.epoch)
         self.sampler: ObservedSampler | None = None
         model: Any = run.model
         if hasattr(model, "roi_heads"):
@@ -33,18 +38,44 @@ class TensorBoard:
 
         Where that fails, a warning says so.
         """
-        try:
-            for name, value in row.items():
-                if name != "epoch" and isinstance(value, int | float):
-                    self.writer.add_scalar(name, value, row["epoch"])
-            if picture.exists():
-                with Image.open(picture) as image:
-                    self.writer.add_image("evaluation", np.asarray(image), row["epoch"], dataformats="HWC")
-            if self.sampler and self.sampler.last:
-                self.writer.add_histogram("IoU of sampled negatives", self.sampler.sampled_ious(), row["epoch"])
-            self.writer.flush()
-        except OSError as error:
-            warn(f"{self.writer.log_dir}: TensorBoard lacks epoch {row['epoch']} ({error.strerror or error})")
+        with _silent_threads():
+            try:
+                if self.writer is None:
+                    picture.parent.stat()  # a folder that was removed is not made anew
+                    self.writer = self._open()
+                self._write(self.writer, row, picture)
+            except OSError as error:
+                warn(f"{picture.parent}: TensorBoard lacks epoch {row['epoch']} ({reason_of(error)})")
+                self._close()
+
+    def _close(self) -> None:
+        """Waits for the end of the writer's thread, which its first error has ended."""
+        if self.writer:
+            with suppress(OSError):
+                self.writer.file_writer.close()
+        self.writer = None
+
+    def _write(self, writer: Any, row: dict[str, Any], picture: Path) -> None:
+        for name, value in row.items():
+            if name != "epoch" and isinstance(value, int | float):
+                writer.add_scalar(name, value, row["epoch"])
+        if picture.exists():
+            with Image.open(picture) as image:
+                writer.add_image("evaluation", np.asarray(image), row["epoch"], dataformats="HWC")
+        if self.sampler and self.sampler.last:
+            writer.add_histogram("IoU of sampled negatives", self.sampler.sampled_ious(), row["epoch"])
+        writer.flush()
+
+
+@contextmanager
+def _silent_threads() -> Iterator[None]:
+    """Keeps the thread of a writer from telling of an error that it also passes on."""
+    tell = threading.excepthook
+    threading.excepthook = lambda of: None if isinstance(of.exc_value, OSError) else tell(of)
+    try:
+        yield
+    finally:
+        threading.excepthook = tell
 
 
 class ObservedSampler:
