@@ -17,7 +17,7 @@ _host_group: Any = None  # of all processes, for what is exchanged on the CPU be
 
 
 def start(device: str, dist_url: str) -> torch.device:
-    """Joins the other processes, if there are any, and returns the device of this one.
+    """Joins the other processes, if there are any that it has not joined, and returns the device of this one.
 
     Raises:
         UserError: for a device that torch cannot use, or processes that cannot meet.
@@ -29,6 +29,7 @@ def start(device: str, dist_url: str) -> torch.device:
         if device == "cuda":
             torch.cuda.set_device(local_rank)
             device = f"cuda:{local_rank}"
+    if announced_world_size() > 1 and not dist.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
         try:
             if dist_url == "env://" and is_torchruns_store():

@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from balanced_learning.training import dry_run
+from balanced_learning.training.checkpoint import Checkpoint
 from balanced_learning.training.config import Config
 from examples import train_torchvision_libra
 from tests.training.small import fingerprint
@@ -85,6 +87,7 @@ def put_toy_in(patch: Callable[[Any, str, Any], object]) -> None:
     patch(train_torchvision_libra, "make_model", make_toy)
     patch(train_torchvision_libra, "evaluate_detections", fingerprint)
     patch(train_torchvision_libra, "detections_per_image", lambda _: 1)
+    patch(dry_run, "load_detector", lambda file: make_toy(Config.of({"lr": 0.1}), None, Checkpoint.load(file)).eval())
     for name in ("save_evaluation", "save_curves"):
         patch(train_torchvision_libra, name, lambda *_: None)
 
@@ -156,9 +159,10 @@ def run_processes(world_size: int, folder: Path, work: Callable[..., object], *g
         processes.append(server.Process(target=_work, args=(folder, rank, meeting, work, *given)))
         processes[-1].start()
     for process in processes:
-        process.join(120)
+        process.join(60)
         if process.exitcode is None:
             process.kill()
+            process.join()
     said = [[(folder / f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(world_size)]
     said = [[out, _WARNING_OF_TORCH.sub("", err)] for out, err in said]
     return [Outcome(process.exitcode, *texts) for process, texts in zip(processes, said, strict=True)]
