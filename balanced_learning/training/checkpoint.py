@@ -58,10 +58,9 @@ class Position:
             value = getattr(self, name)
             if type(value) is not int or not low <= value < 2**63:
                 raise ValueError(f"{name} must be a whole number of at least {low}, got {shown(value)}")
-        if self.step > self.iterations:
-            raise ValueError(f"step must be at most the {self.iterations} of an epoch, got {self.step}")
-        if self.skipped_steps > self.step:
-            raise ValueError(f"skipped_steps must be at most the {self.step} that are done, got {self.skipped_steps}")
+        for name in ("step", "skipped_steps"):
+            if getattr(self, name) > self.iterations:
+                raise ValueError(f"{name} must be at most the {self.iterations} of an epoch, got {getattr(self, name)}")
         if type(self.seconds) is not float or not 0 <= self.seconds < math.inf:
             raise ValueError(f"seconds must be a number of at least 0, got {shown(self.seconds)}")
         _check_rows("sums", self.sums, (float,))
@@ -175,6 +174,8 @@ class Checkpoint:
             position = Position(**{name: content[name] for name in _POSITION})
             if (position.epoch, bool(position.step)) > (config.training.epochs, False):
                 raise ValueError(f"epoch must be one of the {config.training.epochs}, got {position.epoch}")
+            if len(position.history) != position.epoch - config.run.start_epoch:
+                raise ValueError(f"history must be of the epochs from {config.run.start_epoch} to {position.epoch - 1}")
             labels = _labels(content)
             norm_eps = content["norm_eps"]
             if type(norm_eps) is not float or not 0 <= norm_eps < math.inf:
