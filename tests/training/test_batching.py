@@ -202,7 +202,7 @@ def test_an_image_in_the_place_of_another_is_augmented_by_its_own_id(split):
     images = DetectionDataset(split, {90: 1, 3: 2}, transforms=batching.augmentation("ssd"), unreadable="replace")
     expected = images[3][0]
     spoil(split, 2)
-    batch = images.__getitems__(Share([2, 3], 2, 0))
+    batch = images.__getitems__(Share([2, 3], 2, 0)).to(CPU)
     assert torch.equal(batch.images[0], expected)
     assert torch.equal(batch.images[1], expected)
 

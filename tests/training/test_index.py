@@ -31,10 +31,11 @@ def test_a_later_start_maps_what_the_first_read(coco_root, monkeypatch):
     assert len(read_split(coco_root, "train2017", limit=1).images) == 1
 
 
-def test_another_json_is_read_anew(coco_root, edit):
+def test_another_json_is_read_anew(coco_root, edit, index_folder):
     read_split(coco_root, "train2017")
     edit(lambda c: c["annotations"][0].update(bbox=[1, 2, 3, 4]))
     assert read_split(coco_root, "train2017").annotations[11][0]["bbox"] == [1, 2, 3, 4]
+    assert len(list(index_folder.iterdir())) == 1  # that of the JSON before is gone
 
 
 def test_a_json_written_again_at_once_is_another_one(coco_root):

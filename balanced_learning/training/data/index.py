@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import zlib
+from glob import escape
 from pathlib import Path
 
 from balanced_learning.training.data.cache import cache_folder
@@ -19,7 +20,7 @@ _VERSION = 1
 def load_index(json_file: Path, image_dir: Path) -> tuple[Columns, dict[int, str]] | None:
     """The index of a data set, if there is a whole one of this very JSON."""
     try:
-        folder = _folder(json_file)
+        folder = _folder(json_file, image_dir)
         with open_file(folder / "header.json") as file:
             header = json.loads(file.read())
         if not isinstance(header, dict):
@@ -41,8 +42,8 @@ def save_index(json_file: Path, image_dir: Path, columns: Columns, categories: d
 
     Where the cache cannot be written, a warning says so, and the arrays are returned as they are.
     """
-    folder = _folder(json_file)
     try:
+        folder = _folder(json_file, image_dir)
         with new_folder(folder) as unfinished:
             columns.write(unfinished)
             header = {
@@ -52,18 +53,24 @@ def save_index(json_file: Path, image_dir: Path, columns: Columns, categories: d
             }
             text = json.dumps(header | {"checksum": _checksum(header)})
             write_new(unfinished / "header.json", lambda file: file.write(text.encode()))
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists() and not load_index(json_file, image_dir):
+                shutil.rmtree(folder)  # a damaged one
+        for older in folder.parent.glob(f"{escape(folder.name[:-9])}-????????"):
+            if older != folder:
+                shutil.rmtree(older, ignore_errors=True)
         return Columns.map(folder)
     except OSError as error:
         if faster := load_index(json_file, image_dir):  # another process of this run
             return faster[0]
-        warn(f"{folder}: no index kept ({reason_of(error)}); the next start reads all anew")
+        warn(f"{cache_folder()}: no index kept ({reason_of(error)}); the next start reads all anew")
         return columns
 
 
-def _folder(json_file: Path) -> Path:
-    path = os.path.realpath(json_file)
-    return cache_folder() / f"index-{json_file.stem}-{zlib.crc32(os.fsencode(path)):08x}"
+def _folder(json_file: Path, image_dir: Path) -> Path:
+    """The place of the index: another one for another content, so that no index is replaced by a later one."""
+    path = zlib.crc32(os.fsencode(os.path.realpath(json_file)))
+    content = zlib.crc32(json.dumps(_identity(json_file, image_dir)).encode())
+    return cache_folder() / f"index-{json_file.stem}-{path:08x}-{content:08x}"
 
 
 def _identity(json_file: Path, image_dir: Path) -> list:

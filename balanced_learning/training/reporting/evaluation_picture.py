@@ -12,6 +12,7 @@ from balanced_learning.training import randomness
 from balanced_learning.training.data.coco import Entry
 from balanced_learning.training.data.dataset import DetectionDataset
 from balanced_learning.training.data.labels import class_name
+from balanced_learning.training.errors import UserError, printable, warn
 from balanced_learning.training.files import write_or_warn
 from balanced_learning.training.reporting.pictures import (
     Color,
@@ -43,14 +44,18 @@ def save_evaluation(
     """Draws ground truth and detections side by side, for a few images that follow from the seed.
 
     Args:
-        path: the PNG to write; where it cannot be, a warning says so.
+        path: the PNG to write; where it cannot be, or an image cannot be read, a warning says so.
         dataset: the images evaluated, without augmentation. Those with boxes go first.
         detections: by image id, ``boxes``, ``scores`` and ``labels``, on the CPU. Those of a low score and those of
             labels without a name are left out.
         names: of the labels.
         seed: of the choice. The same images are drawn after every epoch.
     """
-    rows = [_find_outcomes(dataset, index, detections, names) for index in choose_images(dataset, seed)]
+    try:
+        rows = [_find_outcomes(dataset, index, detections, names) for index in choose_images(dataset, seed)]
+    except UserError as error:
+        warn(f"{printable(path)}: not drawn ({error})")
+        return
     drawn = [_draw_row(row) for row in rows]
     top = 2 * LINE_HEIGHT + 2 * GAP
     sheet = Image.new("RGB", (2 * PANEL + 3 * GAP, top + sum(row.height + GAP for row in drawn)), "white")
