@@ -240,9 +240,10 @@ class Checkpoints:
     def _restore(self, checkpoint: Checkpoint) -> bool:
         parts = _toy_parts()
         checkpoint.restore(parts)
-        parts["model"](torch.rand(2, 3, 4, 4)).square().sum().backward()
         for _ in range(2):
-            parts["scaler"].scale(torch.zeros(()))
+            parts["optimizer"].zero_grad()
+            loss = parts["model"](torch.rand(2, 3, 4, 4)).square().sum()
+            parts["scaler"].scale(loss).backward()
             parts["scaler"].step(parts["optimizer"])
             parts["scaler"].update()
             parts["ema"].update_parameters(parts["model"])

@@ -416,6 +416,8 @@ SPOILED = {
     "none": (lambda c: c.pop("optimizer"), "holds no optimizer"),
     "another start": (in_group(initial_lr=0.2), "initial_lr is 0.2, not 0.1"),
     "scale 0": (lambda c: c["scaler"].update(scale=0.0), "scale is 0.0"),
+    "scale beyond float32": (lambda c: c["scaler"].update(scale=1e39), r"scale is 1e\+39"),
+    "tracker beyond int32": (lambda c: c["scaler"].update(_growth_tracker=2**31), "_growth_tracker is 2147483648"),
     "no scale": (lambda c: c["scaler"].pop("scale"), "has no scale"),
     "weights not finite": (lambda c: c["model"]["1.bias"].fill_(math.inf), "1.bias has values that are not finite"),
     "weights of another shape": (
