@@ -20,7 +20,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from balanced_learning.training import distributed
 from balanced_learning.training.checkpoint import Checkpoint
@@ -34,7 +33,7 @@ from balanced_learning.training.evaluation import Evaluation, detections_per_ima
 from balanced_learning.training.faults import replay
 from balanced_learning.training.files import write_or_warn
 from balanced_learning.training.loop import Loop
-from balanced_learning.training.model import make_model
+from balanced_learning.training.model import make_model, prepare
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.output_folder import run_folder
 from balanced_learning.training.reporting.evaluation_picture import save_evaluation
@@ -97,9 +96,9 @@ def train(config: Config, checkpoint: Checkpoint | None, precision: Precision, s
     if config.run.check_data:
         return
 
-    model = make_model(config, labels, checkpoint).to(precision.device)
-    if config.model.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if checkpoint and config.run.test_only:
+        checkpoint = checkpoint.averaged()
+    model = prepare(make_model(config, labels, checkpoint), config.model, precision.device)
     run = Run(config, labels, model, precision, len(train_loader), None if config.run.test_only else checkpoint)
     loop = Loop(run, train_loader, val_loader, signals)
 
@@ -124,9 +123,8 @@ def train(config: Config, checkpoint: Checkpoint | None, precision: Precision, s
     say(lr_note(config))
     if checkpoint:
         say(f"continuing from {checkpoint.path}, in {run.place()}, to {config.training.epochs} epochs")
-    if is_main:
-        write_rows(run.folder / "metrics.jsonl", run.history)
-        write_config(run.folder / "args.json", config)
+    distributed.in_main(lambda: write_rows(run.folder / "metrics.jsonl", run.history))
+    distributed.in_main(lambda: write_config(run.folder / "args.json", config))
     tensorboard = TensorBoard(run) if config.run.tensorboard and is_main else None
     with signals.deferred():  # from here on they are asked for between two batches
         while not run.is_over():
@@ -135,9 +133,9 @@ def train(config: Config, checkpoint: Checkpoint | None, precision: Precision, s
             name = f"{run.epoch:02}"
             evaluation = evaluate(name)
             run.end_epoch(evaluation.row() if evaluation else {})
+            distributed.in_main(lambda: write_rows(run.folder / "metrics.jsonl", run.history))
             if evaluation:
                 print(report(evaluation) if run.is_over() else summary(evaluation))
-                write_rows(run.folder / "metrics.jsonl", run.history)
                 save_curves(run.folder / "curves.png", run.history)
             if tensorboard:
                 tensorboard.write(run.history[-1], run.folder / f"evaluation_{name}.png")

@@ -31,6 +31,13 @@ def test_the_api_page_has_every_public_name(module):
     assert sorted(names) == sorted(importlib.import_module(module).__all__)
 
 
+def test_every_source_of_the_comparison_is_named_once_and_used():
+    comparison, _, sources = (DOCS / "survival.md").read_text().partition("## Where it was seen")
+    named = re.findall(r"^\| ([a-z]\d) \|", sources, re.MULTILINE)
+    assert len(named) == len(set(named))
+    assert set(named) == set(re.findall(r"\[([a-z]\d)\]", comparison))
+
+
 def test_the_pictures_are_those_that_a_command_draws(tmp_path):
     run_path(str(DOCS / "pictures.py"))["main"](tmp_path)
     drawn = {path.name for path in tmp_path.iterdir()}

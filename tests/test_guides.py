@@ -49,7 +49,9 @@ def test_all_python_compiles(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_of_the_training_program_are_understood(page):
-    for command in re.findall(r"train_torchvision_libra\.py (.*)", page.read_text().replace("\\\n", " ")):
+    for command in re.findall(
+        r"(?:train_torchvision_libra\.py|train\.sbatch) (.*)", page.read_text().replace("\\\n", " ")
+    ):
         make_parser().parse_args([word for word in shlex.split(command) if not word.startswith("${")])
 
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,14 @@ class Checkpoint:
                 raise UserError(
                     f"{printable(self.path)}: does not fit the {name} that its own settings make: {error}"
                 ) from None
+
+    def averaged(self) -> "Checkpoint":
+        """The same with the moving average of the weights in their place, if the run kept one: what it evaluates."""
+        states = dict(self.states)
+        average = states.pop("ema", None)
+        if isinstance(average, dict):
+            states["model"] = {str(k).removeprefix("module."): v for k, v in average.items() if k != "n_averaged"}
+        return replace(self, states=states)
 
     def check_data(self, split: Split, config: Config | None = None, iterations: int | None = None) -> None:
         """Compares the data of the run with those of another one, and how they are batched.

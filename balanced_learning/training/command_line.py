@@ -12,7 +12,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from balanced_learning.training.checkpoint import Checkpoint
+from balanced_learning.training.checkpoint import PREVIOUS, Checkpoint
 from balanced_learning.training.config import (
     AUTO,
     COURSE,
@@ -152,6 +152,10 @@ def _frozen(value: Any) -> Any:
 
 def _find_checkpoint(chosen: dict[str, Any]) -> Checkpoint | None:
     """The checkpoint that the flags name, or that ``--resume auto`` finds."""
+    for name in ("replay", "resume"):
+        path = chosen.get(name, AUTO)
+        if path != AUTO and not (path.exists() or path.with_name(PREVIOUS).exists()):
+            raise UserError(f"{flag_of(name)} {path}: no such file")
     if "replay" in chosen:
         return Checkpoint.load(chosen["replay"])
     if "resume" not in chosen:

@@ -1,14 +1,17 @@
 """One process, or several started by torchrun or SLURM, seen alike."""
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from balanced_learning.training.errors import UserError
+from balanced_learning.training.errors import SharedError, UserError
 from balanced_learning.training.meeting import is_torchruns_store, meet_at_torchrun
+
+T = TypeVar("T")
 
 _host_group: Any = None  # of all processes, for what is exchanged on the CPU beside the gradients
 
@@ -102,6 +105,24 @@ def gather(value: Any) -> list[Any]:
 def from_main(value: Any) -> Any:
     """What the main process gives, on every process."""
     return gather(value)[0]
+
+
+def in_main(work: Callable[[], T]) -> T:
+    """What the work gives in the main process, the only one to do it, on every process.
+
+    Raises:
+        SharedError: if the work raises a ``UserError``.
+    """
+    result, error = None, None
+    if is_main():
+        try:
+            result = work()
+        except UserError as reason:
+            error = str(reason)
+    result, error = from_main((result, error))
+    if error is not None:
+        raise SharedError(error)
+    return result
 
 
 def union_over_processes(values: dict[Any, Any]) -> dict[Any, Any]:

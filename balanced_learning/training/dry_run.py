@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from balanced_learning.training import distributed
@@ -10,6 +11,7 @@ from balanced_learning.training.config import Config
 from balanced_learning.training.data.splits import read_splits
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.inference import load_detector, predict_files
+from balanced_learning.training.output_folder import run_folder
 
 Start = Callable[[Config, Checkpoint | None], Path]
 
@@ -27,8 +29,12 @@ def dry_run(config: Config, start: Start) -> None:
         UserError: for whatever a run would raise.
     """
     short = config.values() | {"dry_run": False, "limit_batches": 1, "resume": None, "start_epoch": 0}
-    folder = start(Config.of(short | {"epochs": 1, "output_dir": None}), None)
+    distributed.start(config.run.device, config.run.dist_url)
+    with run_folder(Config.of(short | {"output_dir": None}), None) as settled:
+        folder = settled.run.output_dir
     try:
+        distributed.stop()
+        start(Config.of(short | {"epochs": 1, "output_dir": folder}), None)
         distributed.stop()
         longer = Config.of(short | {"epochs": 2, "output_dir": folder})
         start(longer, Checkpoint.load(folder / "checkpoint.pth"))
@@ -42,3 +48,5 @@ def dry_run(config: Config, start: Start) -> None:
     finally:
         if distributed.is_main():
             shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # it holds other runs
+                folder.parent.rmdir()

@@ -28,7 +28,8 @@ from balanced_learning.training.weights import choose_labels
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Any:
     """Loads the detector of a checkpoint of the training program.
 
-    Nothing is downloaded, whatever weights the training started from.
+    Of a run with ``--ema`` it has the average of the weights. Nothing is downloaded, whatever weights the training
+    started from.
 
     Args:
         path (str or Path): ``checkpoint.pth`` or ``checkpoint_best.pth``.
@@ -42,7 +43,7 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Any:
         UserError: if the file is no checkpoint of the training program.
     """
     checkpoint = Checkpoint.load(Path(path))
-    detector = make_model(checkpoint.config, checkpoint.labels, checkpoint)
+    detector = make_model(checkpoint.config, checkpoint.labels, checkpoint.averaged())
     detector.categories = checkpoint.labels.names
     return detector.to(device).eval()
 
@@ -59,7 +60,7 @@ def detector_and_images(config: Config, checkpoint: Checkpoint | None) -> tuple[
     labels = choose_labels(config, train, checkpoint)
     if checkpoint:
         checkpoint.check_data(train, iterations=None)
-    detector = make_model(config, labels, checkpoint)
+    detector = make_model(config, labels, checkpoint and checkpoint.averaged())
     positions = train.has_boxes().nonzero()[0][: config.training.batch_size]
     if not len(positions):
         raise UserError(f"{train.json_file}: no image has a box")

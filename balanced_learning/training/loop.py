@@ -32,7 +32,7 @@ class Loop:
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.signals = signals
-        self.stepper = Stepper(run)
+        self.stepper = Stepper(run, self._report)
         self.agreement = distributed.Agreement()
         self._is_stopping = False  # as all processes know
         self._told: set[str] = set()  # the lines about images that cannot be read
@@ -53,7 +53,7 @@ class Loop:
         with closing(iter(self.train_loader)) as batches:
             images = images_per_step(run.config)
             for batch in progress.over(batches, run.iterations, self._status, done=run.step, images=images):
-                self._report(self.stepper(batch))
+                self.stepper(batch)
                 is_save_due = self._hear(self._ask(batch.replaced, save=self._is_late()))
                 every = run.config.run.checkpoint_steps
                 is_save_due |= bool(every and (run.epoch * run.iterations + run.step) % every == 0)
@@ -111,14 +111,12 @@ class Loop:
         return distributed.is_main() and minutes is not None and time.perf_counter() - self.run.saved_at >= 60 * minutes
 
     def _save(self) -> None:
-        self._report(self.stepper.finish())
+        self.stepper.finish()
         self.run.mark_time()
         self.run.save()
 
-    def _report(self, fault: Fault | None) -> None:
+    def _report(self, fault: Fault) -> None:
         """Tells of a step that was left out, of which the first of an epoch is kept."""
-        if fault is None:
-            return
         run = self.run
         run.skipped_steps += 1
         kept = None

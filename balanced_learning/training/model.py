@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection._utils import overwrite_eps
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
@@ -10,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from balanced_learning.detection import apply_libra, libra_fasterrcnn, libra_retinanet
 from balanced_learning.training import distributed, randomness
 from balanced_learning.training.checkpoint import Checkpoint
-from balanced_learning.training.config import Config
+from balanced_learning.training.config import Config, ModelConfig
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.small import small_fasterrcnn, small_retinanet
@@ -33,6 +34,21 @@ def make_model(config: Config, labels: Labels, checkpoint: Checkpoint | None) ->
         overwrite_eps(model, checkpoint.norm_eps)
     elif (taken := load_weights(model, config.model, labels)) and distributed.is_main():
         print(taken)
+    return model
+
+
+def prepare(model: Any, config: ModelConfig, device: torch.device) -> Any:
+    """Puts a model on the device that it trains on, in the form that the settings ask for.
+
+    The names of its state dict stay.
+    """
+    model = model.to(device)
+    if config.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if config.compile:
+        model.backbone.compile(dynamic=True)  # in place; maps are of many sizes
     return model
 
 

@@ -31,9 +31,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # for schedules that begin in the middle
         for parameter in group["params"]:
-            if (
-                config.opt != "adamw" and config.momentum
-            ):  # else what a first step that is left out leaves behind is chance
+            if config.opt != "adamw" and config.momentum:  # of a first step that is left out torch leaves chance there
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
@@ -97,6 +95,6 @@ def update(model: nn.Module, optimizer: Optimizer, precision: Precision, clip_no
         # Gradients that are not finite stay as they are, for the one that was first to be named.
         nn.utils.clip_grads_with_norm_(parameters, clip_norm, torch.where(is_finite, norm, 0))
     optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # as GradScaler tells fused optimizers
-    precision.scaler.step(optimizer)
+    optimizer.step()  # not by the scaler, which knows nothing of a norm that overflows
     precision.scaler.update()
     return norm

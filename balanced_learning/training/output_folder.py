@@ -40,15 +40,7 @@ def run_folder(config: Config, checkpoint: Checkpoint | None) -> Iterator[Config
         SharedError: if that fails.
     """
     with ExitStack() as stack:
-        folder, error = None, None
-        if distributed.is_main():
-            try:
-                folder = _take(config, checkpoint, stack)
-            except UserError as reason:
-                error = str(reason)
-        folder, error = distributed.from_main((folder, error))
-        if error:
-            raise SharedError(error)
+        folder = distributed.in_main(lambda: _take(config, checkpoint, stack))
         if checkpoint and len(set(distributed.gather(_place(checkpoint)))) > 1:
             raise SharedError(f"{checkpoint.path}: changed while the processes read it; start again")
         yield replace(config, run=replace(config.run, output_dir=folder))

@@ -119,14 +119,8 @@ class Run:
             raise SharedError(f"training diverged: in {self.place()}, weights are not finite; {HINTS}")
         position = self._position(distributed.gather(self.sums))
         write = save_newest if name == "checkpoint.pth" else save
-        error = None
-        if distributed.is_main():
-            try:
-                write(self.folder / name, self._parts(), config=self.config, labels=self.labels, position=position)
-            except UserError as reason:
-                error = str(reason)
-        if error := distributed.from_main(error):
-            raise SharedError(error)
+        about: dict[str, Any] = {"config": self.config, "labels": self.labels, "position": position}
+        distributed.in_main(lambda: write(self.folder / name, self._parts(), **about))
 
     def _position(self, sums: list[dict[str, float]]) -> Position:
         return Position(
@@ -152,17 +146,20 @@ class Run:
         return f"{path}"
 
     def means(self) -> dict[str, float]:
-        """The means of the losses over the epoch's images so far, of all processes, and of their sum ``loss``."""
+        """The means of the losses over the epoch's images so far, of all processes, and of their sum ``loss``.
+
+        There are none where no step has been taken.
+        """
         total = _total(distributed.gather(self.sums))
         images = total.pop("images", math.nan)
         means = {name: value / images for name, value in total.items()}
-        return {**means, "loss": math.fsum(means.values())}
+        return {**means, "loss": math.fsum(means.values())} if means else {}
 
     def end_epoch(self, metrics: dict[str, Any]) -> None:
         """Ends the epoch with a row of its losses and of these metrics, and saves; the best AP so far twice."""
         training = self.config.training
         last_step = (self.epoch + 1) * self.iterations - 1
-        images = _total(distributed.gather(self.sums))["images"]
+        images = _total(distributed.gather(self.sums)).get("images", 0.0)
         row: dict[str, Any] = {"epoch": self.epoch, **self.means()}
         row["lr"] = training.lr * lr_factor(training, self.iterations, last_step)
         if self.skipped_steps:

@@ -1,6 +1,7 @@
 """One step of the optimizer, which the host does not wait for, and which changes nothing if its numbers go wrong."""
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -39,26 +40,29 @@ class Stepper:
 
     Whether losses and gradients are finite is known on the device, where the optimizer leaves the step out if they are
     not. The host hears of it at the next step, after its forward pass, for whose proposals it waits anyway; then the
-    statistics of batch norm are put back as well.
+    statistics of batch norm are put back as well, and the run is as it was before the step that was left out.
+
+    Args:
+        run: whose model, optimizer and sums change.
+        report: is told of a step that was left out, equally often on every process, before anything else is done.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, report: Callable[[Fault], None]) -> None:
         self.run = run
+        self.report = report
         self.losses = Losses(run.model)
         self.parallel: nn.Module = self.losses
         if distributed.world_size() > 1:
             # Without the search for unused parameters the gradients would be sent in another order, and so be summed
             # in another one, from the second step of each process on: a run that goes on would not be the same.
-            self.parallel = DistributedDataParallel(self.losses, find_unused_parameters=True)
+            # Statistics of batch norm need not be the same: those of the main process are saved and evaluated.
+            self.parallel = DistributedDataParallel(self.losses, find_unused_parameters=True, broadcast_buffers=False)
         norms = [module for module in run.model.modules() if isinstance(module, _BatchNorm)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self._last: _Step | None = None
 
-    def __call__(self, batch: Batch) -> Fault | None:
+    def __call__(self, batch: Batch) -> None:
         """Takes the next step of the run.
-
-        Returns:
-            Fault: if the step before was left out.
 
         Raises:
             UserError: if batch norm cannot train on the batch.
@@ -68,7 +72,7 @@ class Stepper:
         parts = batch.parts(run.config.training.batch_size)
         statistics = [buffer.clone() for buffer in self._statistics]
         losses = self._forward(parts, 0)
-        if fault := self._hear():
+        if not self._hear():
             statistics = [buffer.clone() for buffer in self._statistics]
             losses = self._forward(parts, 0)
         run.optimizer.zero_grad()
@@ -82,15 +86,17 @@ class Stepper:
         run.scheduler.step()
         self._remember(batch, parts, all_losses, norm, statistics)
         run.step += 1
-        return fault
 
-    def finish(self) -> Fault | None:
-        """Waits for the last step, and returns what went wrong with it, if anything did."""
-        fault = self._hear()
-        if self.run.ema is not None:  # whose statistics may be from a later forward pass
+    def finish(self) -> None:
+        """Waits for the last step."""
+        self._hear()
+        self._settle_average()
+
+    def _settle_average(self) -> None:
+        """Gives the average the statistics of the last step; it may have those of a later forward pass."""
+        if self.run.ema is not None:
             for average, current in zip(self.run.ema.module.buffers(), self.run.model.buffers(), strict=True):
                 average.copy_(current)
-        return fault
 
     def _forward(self, parts: list[Batch], number: int) -> dict[str, Tensor]:
         run, part = self.run, parts[number]
@@ -129,18 +135,20 @@ class Stepper:
             event.record()
         self._last = _Step(self.run.epoch, self.run.step, batch, names, on_host, event, statistics)
 
-    def _hear(self) -> Fault | None:
-        """Hears what became of the last step, and adds up its losses, or undoes what is left of it."""
+    def _hear(self) -> bool:
+        """Hears of the last step, and adds up its losses; or undoes what is left of it, and returns False."""
         last, self._last = self._last, None
         if last is None:
-            return None
+            return True
         if last.copied:
             last.copied.synchronize()
         *losses, norm, scale = last.values.tolist()
         if not math.isfinite(norm) and (fault := self._find_fault(last, losses, scale)):
             for buffer, before in zip(self._statistics, last.statistics, strict=True):
                 buffer.copy_(before)
-            return fault
+            self._settle_average()
+            self.report(fault)
+            return False
         sums = self.run.sums
         for (name, images), value in zip(last.names, losses, strict=True):
             sums[name] = sums.get(name, 0.0) + images * value
@@ -149,7 +157,7 @@ class Stepper:
         )
         if self.run.ema is not None and math.isfinite(norm):
             self.run.ema.update_parameters(self.run.model)
-        return None
+        return True
 
     def _find_fault(self, last: _Step, losses: list[float], scale: float) -> Fault | None:
         """What was wrong with a step that was left out; nothing, if float16 was only scaled too much."""
@@ -157,12 +165,12 @@ class Stepper:
         own = next((f"{name} is {value:g}" for (name, _), value in pairs if not math.isfinite(value)), None)
         told = distributed.gather((own, last.batch.image_ids()))
         rank = next((rank for rank, (cause, _) in enumerate(told) if cause), None)
-        if rank is None and self.run.precision.dtype is torch.float16 and scale >= 1:
-            return None
         if rank is None:
+            names = bad_gradients(self.run.model)  # of the last step still
+            if names and self.run.precision.dtype is torch.float16 and scale >= 1:
+                return None
             image_ids = [image_id for _, ids in told for image_id in ids]
-            names = bad_gradients(self.run.model) or ["all weights, taken together,"]  # of the last step still
-            cause = f"the gradient of {names[0]} is not finite"
+            cause = f"the gradient of {(names or ['all weights, taken together,'])[0]} is not finite"
             return Fault(last.epoch, last.step, cause, 0, image_ids, last.batch)
         cause, image_ids = told[rank]
         return Fault(last.epoch, last.step, cause, rank, image_ids, last.batch)

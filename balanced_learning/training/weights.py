@@ -105,6 +105,7 @@ class DetectorWeights:
         if Checkpoint.is_one(content):
             made = Checkpoint.of(path, content)
             labels = made.labels
+            state = made.averaged().states["model"]
             return cls(flag, lambda: state, labels.names, labels.num_classes, made.norm_eps, made.config.model)
         if not any(key in state and state[key].shape == (size,) for key, size in _COCO_OUTPUTS.items()):
             return cls(flag, lambda: state, {}, 0, NORM_EPS)

@@ -41,18 +41,22 @@ def undisturbed(flags, tmp_path_factory):
     return folder
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 TROUBLES = {"full": (filled, NO_ROOM), "read-only": (read_only, "Read-only file system"), "removed": (removed, NO_FILE)}
 
 
 @pytest.mark.parametrize(
     ("name", "number", "trouble"),
     [
-        ("args.json", 1, "full"),
+        slow("args.json", 1, "full"),
         ("metrics.jsonl", 1, "full"),
-        ("checkpoint.pth", 1, "full"),
+        slow("checkpoint.pth", 1, "full"),
         ("checkpoint.pth", 2, "full"),
-        ("checkpoint.pth", 2, "read-only"),
-        ("checkpoint_best.pth", 1, "full"),
+        slow("checkpoint.pth", 2, "read-only"),
+        slow("checkpoint_best.pth", 1, "full"),
         ("checkpoint_best.pth", 1, "removed"),
     ],
 )
@@ -77,10 +81,10 @@ def test_a_run_that_cannot_write_ends_in_one_line_and_goes_on(
 @pytest.mark.parametrize(
     ("name", "trouble"),
     [
-        ("evaluation_00.json", "full"),
+        slow("evaluation_00.json", "full"),
         ("evaluation_00.png", "full"),
-        ("evaluation_00.png", "removed"),
-        ("curves.png", "full"),
+        slow("evaluation_00.png", "removed"),
+        slow("curves.png", "full"),
         ("curves.png", "read-only"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Callable
 from glob import escape
 from pathlib import Path
 
@@ -17,8 +18,10 @@ LARGE = 32 << 20  # bytes of JSON; anything smaller is read and checked anew in 
 _VERSION = 1
 
 
-def load_index(json_file: Path, image_dir: Path) -> tuple[Columns, dict[int, str]] | None:
-    """The index of a data set, if there is a whole one of this very JSON."""
+def load_index(
+    json_file: Path, image_dir: Path, tell: Callable[[str], None] = warn
+) -> tuple[Columns, dict[int, str]] | None:
+    """The index of a data set, if there is a whole one of this very JSON. ``tell`` is told of a damaged one."""
     try:
         folder = _folder(json_file, image_dir)
         with open_file(folder / "header.json") as file:
@@ -29,7 +32,7 @@ def load_index(json_file: Path, image_dir: Path) -> tuple[Columns, dict[int, str
         if is_whole and header["of"] != _identity(json_file, image_dir):
             return None
         if not is_whole or header["checksums"] != _checksums(folder):
-            warn(f"{folder}: the index of {json_file} is damaged; reading anew")
+            tell(f"{folder}: the index of {json_file} is damaged; reading anew")
             return None
         categories = {int(category_id): name for category_id, name in header["categories"].items()}
         return Columns.map(folder), categories
@@ -53,7 +56,7 @@ def save_index(json_file: Path, image_dir: Path, columns: Columns, categories: d
             }
             text = json.dumps(header | {"checksum": _checksum(header)})
             write_new(unfinished / "header.json", lambda file: file.write(text.encode()))
-            if folder.exists() and not load_index(json_file, image_dir):
+            if folder.exists() and not load_index(json_file, image_dir, tell=lambda _: None):
                 shutil.rmtree(folder)  # a damaged one
         for older in folder.parent.glob(f"{escape(folder.name[:-9])}-????????"):
             if older != folder:

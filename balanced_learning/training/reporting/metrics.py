@@ -11,9 +11,7 @@ import torch
 from balanced_learning import backend_info
 from balanced_learning.training import distributed
 from balanced_learning.training.config import Config
-from balanced_learning.training.errors import UserError, printable
-from balanced_learning.training.files import reason_of, write_text
-from balanced_learning.training.opening import open_file
+from balanced_learning.training.files import write_text
 
 
 def write_config(path: Path, config: Config) -> None:
@@ -30,31 +28,3 @@ def write_config(path: Path, config: Config) -> None:
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes the rows of all epochs."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of all epochs; none where there is no file.
-
-    Raises:
-        UserError: if the file cannot be read, or a line of it is no row.
-    """
-    try:
-        with open_file(path) as file:
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{printable(path)}: cannot be read ({reason_of(error)})") from None
-    return [_row(path, number, line) for number, line in enumerate(lines, 1)]
-
-
-def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (RecursionError, ValueError):
-        row = None
-    numbers = isinstance(row, dict) and all(value is None or type(value) in (int, float) for value in row.values())
-    if not numbers or type(row.get("epoch")) is not int or row["epoch"] < 0:
-        shown = printable(line[:60].decode(errors="replace"))
-        raise UserError(f"{printable(path)}: line {number} is not the row of an epoch: {shown}")
-    return row
