@@ -58,9 +58,10 @@ class Position:
             value = getattr(self, name)
             if type(value) is not int or not low <= value < 2**63:
                 raise ValueError(f"{name} must be a whole number of at least {low}, got {shown(value)}")
-        for name in ("step", "skipped_steps"):
-            if getattr(self, name) > self.iterations:
-                raise ValueError(f"{name} must be at most the {self.iterations} of an epoch, got {getattr(self, name)}")
+        if self.step > self.iterations:
+            raise ValueError(f"step must be at most the {self.iterations} of an epoch, got {self.step}")
+        if self.skipped_steps > self.step + 1:  # the one that is kept for --replay counts as well
+            raise ValueError(f"skipped_steps must be at most the {self.step} that are done, got {self.skipped_steps}")
         if type(self.seconds) is not float or not 0 <= self.seconds < math.inf:
             raise ValueError(f"seconds must be a number of at least 0, got {shown(self.seconds)}")
         _check_rows("sums", self.sums, (float,))
