@@ -55,8 +55,10 @@ class Stepper:
         if distributed.world_size() > 1:
             # Without the search for unused parameters the gradients would be sent in another order, and so be summed
             # in another one, from the second step of each process on: a run that goes on would not be the same.
-            # Statistics of batch norm need not be the same: those of the main process are saved and evaluated.
-            self.parallel = DistributedDataParallel(self.losses, find_unused_parameters=True, broadcast_buffers=False)
+            self.parallel = DistributedDataParallel(self.losses, find_unused_parameters=True)
+            # Those of the main process are saved and evaluated. To send them in every forward pass, all processes would
+            # have to make equally many, which those with fewer parts of a batch do not.
+            self.parallel.broadcast_buffers = False
         norms = [module for module in run.model.modules() if isinstance(module, _BatchNorm)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self._last: _Step | None = None
