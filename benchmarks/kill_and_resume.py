@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -132,7 +131,13 @@ class Runs:
 
     def _start(self, kind: Kind, out: Path, number: int) -> Watched:
         log = out.with_name(f"{out.name}.{number}.log")
-        flags = [*f"{FLAGS} {kind.flags} --resume auto".split(), "--data-path", str(self.data), "--output-dir", str(out)]
+        flags = [
+            *f"{FLAGS} {kind.flags} --resume auto".split(),
+            "--data-path",
+            str(self.data),
+            "--output-dir",
+            str(out),
+        ]
         return Watched(self.start(kind, flags, log), log, out)
 
     def refer(self, name: str) -> None:
