@@ -14,7 +14,7 @@ from balanced_learning.training.evaluation import ErrorKind, Evaluation
 from balanced_learning.training.model import build_model
 from balanced_learning.training.tide import KINDS, SPECIAL_KINDS
 
-FIRST_EPOCH = Position(epoch=1, step=0, iterations=1, images_per_step=2, sums=[], history=[])  # is done
+FIRST_EPOCH = Position(epoch=1, step=0, iterations=1, images_per_step=2, sums=[], history=[{"epoch": 0}])  # is done
 SMALL = ["--small", "--min-size", "64", "--max-size", "96", "-j", "0", "-b", "2", "--epochs", "1", "--device", "cpu"]
 
 

@@ -1,0 +1,96 @@
+"""Runs that are killed at random moments end with the bits of those that are not: the benchmark, in short.
+
+The processes are forks of one that has imported everything already, and torchrun is a few lines; the signals are real.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+KILLS = 10
+
+
+def _train(log, flags, ranks):
+    """The process that a run begins with."""
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    if ranks > 1:
+        _start_ranks(ranks)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    from examples import train_torchvision_libra
+
+    train_torchvision_libra.main(flags)
+
+
+def _start_ranks(ranks):
+    """Goes on as each of them, and waits for all. It passes signals on, and if one fails it stops the others."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        about = {"MASTER_ADDR": "localhost", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": ranks}
+    pids = []
+    for rank in range(ranks):
+        if not (pid := os.fork()):
+            os.environ.update({name: str(value) for name, value in (about | {"RANK": rank}).items()})
+            return
+        pids.append(pid)
+
+    def pass_on(number, _=None):
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    statuses = []
+    while len(statuses) < ranks:
+        statuses.append(os.wait()[1])
+        if statuses[-1]:
+            pass_on(signal.SIGTERM)
+    os._exit(any(statuses))
+
+
+class _Fork:
+    def __init__(self, context, log, *arguments):
+        log.touch()
+        self._process = context.Process(target=_train, args=(log, *arguments))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self):
+        return self._process.exitcode
+
+
+@pytest.fixture
+def kill_and_resume(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return import_module("kill_and_resume")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it finds processes in /proc")
+def test_ten_kills_change_no_bit(tmp_path, monkeypatch, kill_and_resume):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["examples.train_torchvision_libra"])
+
+    def start(kind, flags, log):
+        return _Fork(context, log, flags, kind.processes)
+
+    kinds = {name: kind for name, kind in kill_and_resume.KINDS.items() if not kind.restarts}
+    runs = kill_and_resume.Runs(tmp_path, seed=0, count=8, kinds=kinds, start=start)
+    for name in kinds:
+        runs.refer(name)
+    outcomes = []
+    while sum(len(outcome.kills) for outcome in outcomes) < KILLS:
+        outcomes.append(runs.kill(len(outcomes)))
+    assert not [failure for outcome in outcomes for failure in outcome.failures]
+    assert {outcome.kind for outcome in outcomes} == set(kinds)
