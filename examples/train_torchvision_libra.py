@@ -126,7 +126,7 @@ def train(config: Config, checkpoint: Checkpoint | None, precision: Precision, s
 
     say(lr_note(config))
     if checkpoint:
-        say(f"continuing from {checkpoint.path}, in {run.place()}, to {config.training.epochs} epochs")
+        say(f"{checkpoint.path}: {run.outlook()}")
     distributed.in_main(lambda: write_rows(run.folder / "metrics.jsonl", run.history))
     distributed.in_main(lambda: write_config(run.folder / "args.json", config))
     tensorboard = TensorBoard(run) if config.run.tensorboard and is_main else None

@@ -60,7 +60,7 @@ class Position:
                 raise ValueError(f"{name} must be a whole number of at least {low}, got {shown(value)}")
         if self.step > self.iterations:
             raise ValueError(f"step must be at most the {self.iterations} of an epoch, got {self.step}")
-        if self.skipped_steps > self.step:
+        if self.skipped_steps > self.step + 1:  # the one that is kept for --replay counts as well
             raise ValueError(f"skipped_steps must be at most the {self.step} that are done, got {self.skipped_steps}")
         if type(self.seconds) is not float or not 0 <= self.seconds < math.inf:
             raise ValueError(f"seconds must be a number of at least 0, got {shown(self.seconds)}")
@@ -175,6 +175,8 @@ class Checkpoint:
             position = Position(**{name: content[name] for name in _POSITION})
             if (position.epoch, bool(position.step)) > (config.training.epochs, False):
                 raise ValueError(f"epoch must be one of the {config.training.epochs}, got {position.epoch}")
+            if len(position.history) != position.epoch - config.run.start_epoch:
+                raise ValueError(f"history must be of the epochs from {config.run.start_epoch} to {position.epoch - 1}")
             labels = _labels(content)
             norm_eps = content["norm_eps"]
             if type(norm_eps) is not float or not 0 <= norm_eps < math.inf:

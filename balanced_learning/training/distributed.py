@@ -2,7 +2,6 @@
 
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ _host_group: Any = None  # of all processes, for what is exchanged on the CPU be
 
 
 def start(device: str, dist_url: str) -> torch.device:
-    """Joins the other processes, if there are any, and returns the device of this one.
+    """Joins the other processes, if there are any that it has not joined, and returns the device of this one.
 
     Raises:
         UserError: for a device that torch cannot use, or processes that cannot meet.
@@ -33,6 +32,7 @@ def start(device: str, dist_url: str) -> torch.device:
         if device == "cuda":
             torch.cuda.set_device(local_rank)
             device = f"cuda:{local_rank}"
+    if announced_world_size() > 1 and not dist.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
         try:
             if dist_url == "env://" and is_torchruns_store():
@@ -98,14 +98,14 @@ def parallel(module: nn.Module) -> nn.Module:
         return module
     # Without the search for unused parameters the gradients would be sent in another order, and so be summed in
     # another one, from the second step of each process on: a run that goes on would not be the same.
-    # Statistics of batch norm need not be the same: those of the main process are saved and evaluated.
-    options: Any = {"find_unused_parameters": True, "broadcast_buffers": False}
     tiny = nn.Linear(1, 1, device=next(module.parameters()).device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of another name for the buffers, which older torch has not
-        with _deaf_stderr():  # that all parameters are used is said once in a process, in many words
-            DistributedDataParallel(tiny, **options)(tiny.weight.detach())
-        return DistributedDataParallel(module, **options)
+    with _deaf_stderr():  # that the search is in vain is said once in a process, in many words
+        DistributedDataParallel(tiny, find_unused_parameters=True)(tiny.weight.detach())
+    shared = DistributedDataParallel(module, find_unused_parameters=True)
+    # Those of the main process are saved and evaluated. To send them in every forward pass, all processes would have to
+    # make equally many, which those with fewer parts of a batch do not.
+    shared.broadcast_buffers = False
+    return shared
 
 
 @contextmanager

@@ -33,13 +33,11 @@ def dry_run(config: Config, start: Start) -> None:
     with run_folder(Config.of(short | {"output_dir": None}), None) as settled:
         folder = settled.run.output_dir
     try:
-        distributed.stop()
         start(Config.of(short | {"epochs": 1, "output_dir": folder}), None)
-        distributed.stop()
         longer = Config.of(short | {"epochs": 2, "output_dir": folder})
         start(longer, Checkpoint.load(folder / "checkpoint.pth"))
+        _, val = read_splits(longer)
         if distributed.is_main():
-            _, val = read_splits(longer)
             image = val.image_dir / val.images[0]["file_name"]
             (found,) = predict_files(load_detector(folder / "checkpoint.pth"), [image], score_thresh=0.5)
             if isinstance(found, UserError):

@@ -1,6 +1,5 @@
 """Saved states against those of the parts that they are loaded into, so that no step meets what cannot be used."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,20 +9,14 @@ from torch.optim import Optimizer
 
 from balanced_learning.training.errors import shown
 
-# What training changes, and the least that it can be; all else follows from the settings.
-_CHANGING = {
-    "lr": 0.0,
-    "_last_lr": 0.0,
-    "last_epoch": 0,
-    "_step_count": 0,
-    "scale": math.ulp(0.0),
-    "_growth_tracker": 0,
-}
+_FLOAT = torch.finfo(torch.float32)
+# What training changes, and its bounds; all else follows from the settings.
+_CHANGING = {"lr": (0, _FLOAT.max), "scale": (_FLOAT.tiny, _FLOAT.max), "_growth_tracker": (0, 2**31 - 1)}
 _WAYS = ("foreach", "fused", "capturable", "differentiable")  # of computing a step; those of this machine stay
 
 
 def load_state(part: Any, saved: Any) -> None:
-    """Loads the saved state of a module, an optimizer, a scheduler or a scaler.
+    """Loads the saved state of a module, an optimizer or a scaler.
 
     Raises:
         ValueError: for the first entry that is none of this part: of another type, shape or value.
@@ -109,8 +102,9 @@ def _updated(fresh: Any, saved: Any, where: str, name: str = "") -> Any:
             _updated(f, s, f"{where}[{i}]", name) for i, (f, s) in enumerate(zip(fresh, saved, strict=True))
         )
     if name in _CHANGING:
+        low, high = _CHANGING[name]
         kinds = (int, float) if type(fresh) is float else (type(fresh),)
-        if type(saved) not in kinds or not _CHANGING[name] <= saved < math.inf:
+        if type(saved) not in kinds or not low <= saved <= high:
             raise ValueError(f"{where} is {shown(saved)}")
         return saved
     if type(saved) is not type(fresh) or saved != fresh:

@@ -137,7 +137,8 @@ class Run:
     def keep(self, fault: Fault) -> str | None:
         """Writes a checkpoint that ``--replay`` repeats the step from, and returns its path."""
         path = self.folder / f"skipped_{fault.epoch:02}.pth"
-        position = replace(self._position([self.sums]), epoch=fault.epoch, step=fault.step)
+        now = self._position([self.sums])
+        position = replace(now, epoch=fault.epoch, step=fault.step, skipped_steps=now.skipped_steps - 1)
         try:
             save(path, self._parts(), config=self.config, labels=self.labels, position=position, fault=fault.content())
         except UserError as error:
@@ -179,9 +180,20 @@ class Run:
 
     def is_over(self) -> bool:
         """Whether all epochs are trained, or AP has not grown for too long."""
+        return self.epoch >= self.config.training.epochs or self._is_patience_over()
+
+    def _is_patience_over(self) -> bool:
         patience, waited = self.config.training.patience, self.epochs_since_best()
-        is_waiting_over = patience is not None and waited is not None and waited >= patience
-        return self.epoch >= self.config.training.epochs or (self.step == 0 and is_waiting_over)
+        return self.step == 0 and patience is not None and waited is not None and waited >= patience
+
+    def outlook(self) -> str:
+        """What is left to do, in words."""
+        epochs = self.config.training.epochs
+        if self.epoch >= epochs:
+            return f"all {epochs} epochs are trained"
+        if self._is_patience_over():
+            return f"over, for AP has not grown for {self.epochs_since_best()} epochs, and --patience allows no more"
+        return f"goes on in {self.place()}, to {epochs} epochs"
 
     def place(self) -> str:
         """Where the run is, in words."""

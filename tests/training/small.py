@@ -14,7 +14,7 @@ from balanced_learning.training.evaluation import ErrorKind, Evaluation
 from balanced_learning.training.model import build_model
 from balanced_learning.training.tide import KINDS, SPECIAL_KINDS
 
-FIRST_EPOCH = Position(epoch=1, step=0, iterations=1, images_per_step=2, sums=[], history=[])  # is done
+FIRST_EPOCH = Position(epoch=1, step=0, iterations=1, images_per_step=2, sums=[], history=[{"epoch": 0}])  # is done
 SMALL = ["--small", "--min-size", "64", "--max-size", "96", "-j", "0", "-b", "2", "--epochs", "1", "--device", "cpu"]
 
 
@@ -48,7 +48,8 @@ def scripted(*aps: float) -> Callable[..., Evaluation]:
 def fingerprint(split: Any, detections: dict[int, dict[str, Any]], *_: Any, limit: int) -> Evaluation:
     """Sums of the detections in place of COCO's metrics, of which a model that has hardly learned has none above 0."""
     assert sorted(detections) == sorted(image["id"] for image in split.images)
+    outputs = [detections[image_id] for image_id in sorted(detections)]
     return evaluation_of(
-        AP=sum(output["scores"].sum().item() for output in detections.values()),
-        AP50=sum(output["boxes"].sum().item() for output in detections.values()) / 1e4,
+        AP=sum(output["scores"].sum().item() for output in outputs),
+        AP50=sum(output["boxes"].sum().item() for output in outputs) / 1e4,
     )

@@ -7,7 +7,8 @@ from balanced_learning.training import load_detector
 from balanced_learning.training.checkpoint import save
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
-from balanced_learning.training.model import make_model
+from balanced_learning.training.model import build_model, make_model
+from balanced_learning.training.optimization import make_average
 from examples import train_torchvision_libra
 from tests.training.small import FIRST_EPOCH, SMALL, config_of
 
@@ -23,6 +24,27 @@ def test_a_trained_detector_is_loaded_with_its_categories(coco_root, tmp_path):
     with torch.no_grad():
         (output,) = detector([torch.rand(3, 48, 64)])
     assert output.keys() == {"boxes", "labels", "scores"}
+
+
+def test_the_average_of_the_weights_is_loaded_where_there_is_one(tmp_path):
+    config = config_of("--data-path", "-", *SMALL, "--ema", 0.9, "--output-dir", tmp_path)
+    labels = Labels({1: "person"}, {1: 1}, 2)
+    model = build_model(config, 2)
+    average = make_average(model, 0.9)
+    for tensor in average.module.state_dict().values():
+        tensor.add_(1)
+    path = tmp_path / "checkpoint.pth"
+    save(path, {"model": model, "ema": average}, config=config, labels=labels, position=FIRST_EPOCH)
+    loaded = load_detector(path).state_dict()
+    assert loaded.keys() == average.module.state_dict().keys()
+    assert all(value.equal(loaded[name]) for name, value in average.module.state_dict().items())
+    fine_tuned = make_model(config_of("--data-path", "-", *SMALL, "--weights", path), labels, None).state_dict()
+    assert all(value.equal(loaded[name]) for name, value in fine_tuned.items())
+    content = torch.load(path)
+    content["ema"] = {"module.x": 3}
+    torch.save(content, path)
+    with pytest.raises(UserError, match="does not fit the model"):
+        load_detector(path)
 
 
 def test_no_checkpoint_is_an_error(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable
@@ -15,9 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from balanced_learning.training import dry_run
+from balanced_learning.training.checkpoint import Checkpoint
 from balanced_learning.training.config import Config
 from examples import train_torchvision_libra
 from tests.training.small import fingerprint
+
+_WARNING_OF_TORCH = re.compile(r"\[rank\d\]:\[W[^\n]*find_unused_parameters[^\n]*\n\n?")
 
 TOY = ["-j", "0", "--device", "cpu", "--lr", "0.05", "--warmup-iters", "0"]
 
@@ -82,6 +87,7 @@ def put_toy_in(patch: Callable[[Any, str, Any], object]) -> None:
     patch(train_torchvision_libra, "make_model", make_toy)
     patch(train_torchvision_libra, "evaluate_detections", fingerprint)
     patch(train_torchvision_libra, "detections_per_image", lambda _: 1)
+    patch(dry_run, "load_detector", lambda file: make_toy(Config.of({"lr": 0.1}), None, Checkpoint.load(file)).eval())
     for name in ("save_evaluation", "save_curves"):
         patch(train_torchvision_libra, name, lambda *_: None)
 
@@ -153,10 +159,12 @@ def run_processes(world_size: int, folder: Path, work: Callable[..., object], *g
         processes.append(server.Process(target=_work, args=(folder, rank, meeting, work, *given)))
         processes[-1].start()
     for process in processes:
-        process.join(120)
+        process.join(60)
         if process.exitcode is None:
             process.kill()
+            process.join()
     said = [[(folder / f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(world_size)]
+    said = [[out, _WARNING_OF_TORCH.sub("", err)] for out, err in said]
     return [Outcome(process.exitcode, *texts) for process, texts in zip(processes, said, strict=True)]
 
 
@@ -166,6 +174,7 @@ def _work(folder: Path, rank: int, meeting: dict[str, Any], work: Callable[..., 
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in meeting.items()}}
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loaders
     put_toy_in(setattr)
     try:
         work(*given)
