@@ -57,6 +57,7 @@ COMPARED = ["checkpoint.pth", "checkpoint_best.pth"]
 SHARE_OF_START = 0.1  # at most, of the moments
 DELAY = 0.2  # seconds at most, after a line that a run is killed at when it goes on
 MOST_STARTS = 12
+LOADERS = ("ConnectionResetError", "BrokenPipeError", "EOFError")  # with which they end that have lost the process
 TORCHRUNS = ("SignalException", "ChildFailedError")  # with which it ends, and tells of a worker that failed
 
 
@@ -198,7 +199,7 @@ class Runs:
             elif code:
                 outcome.failures.append(f"start {outcome.starts} ended with {code}, and nothing had killed it")
             outcome.failures += [f"process {pid} was left behind" for pid in left]
-            outcome.failures += _wrong_output(kind, text, outcome.kills)
+            outcome.failures += _wrong_output(kind, text, outcome.kills[-1] if is_killed else None)
             if code == 0 and (is_killed or outcome.kills or not kills):
                 break
             if code == 0:  # the moment never came
@@ -239,15 +240,18 @@ def _wrong_code(kind: Kind, kill: Kill, *, is_over: bool) -> Iterator[str]:
         yield f"{kill.signal} to {kill.to} when {kill.where}: exit code {kill.exit_code}, not {wanted}"
 
 
-def _wrong_output(kind: Kind, text: str, kills: list[Kill]) -> Iterator[str]:
-    """Complains of a traceback that is not torchrun's own."""
+def _wrong_output(kind: Kind, text: str, kill: Kill | None) -> Iterator[str]:
+    """Complains of a traceback that the script is to blame for."""
+    innocent: tuple[str, ...] = TORCHRUNS if kind.processes > 1 else ()
+    if kill and kill.where == "starting":
+        innocent += ("KeyboardInterrupt",)  # in Python's imports, before the program can hear
+    if kill and kill.signal == "SIGKILL":
+        innocent += LOADERS
     text = re.sub(r"^\[rank\d+\]: ", "", text, flags=re.MULTILINE)
     for trace in text.split("Traceback (most recent call last):\n")[1:]:
         error = next((line for line in trace.splitlines() if line[:1].strip()), "")
-        is_early = "KeyboardInterrupt" in error and kills[-1:] and kills[-1].where == "starting"  # in Python's imports
-        is_torchruns = kind.processes > 1 and any(name in error for name in TORCHRUNS)
-        if not is_early and not is_torchruns:
-            yield f"traceback after {kills[-1] if kills else 'nothing'}: {error}"
+        if not any(name in error for name in innocent):
+            yield f"traceback after {kill or 'a start'}: {error}"
 
 
 def differences(one: Path, other: Path) -> list[str]:
