@@ -85,6 +85,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def say(text: str) -> None:
+    """Prints it, in the main process."""
+    if is_main():
+        print(text)
+
+
 def share_buffers(model: nn.Module) -> None:
     """Gives every process the running statistics of the first, so that all evaluate the model that is saved."""
     if dist.is_initialized():

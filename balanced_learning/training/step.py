@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from balanced_learning.training import distributed, randomness
 from balanced_learning.training.data.batching import Batch
 from balanced_learning.training.faults import Fault, Losses, bad_gradients
-from balanced_learning.training.optimization import update
+from balanced_learning.training.optimization import update, update_average
 from balanced_learning.training.run import Run
 
 
@@ -81,13 +81,14 @@ class Stepper:
         self._remember(batch, parts, all_losses, norm, statistics)
         run.step += 1
 
-    def finish(self) -> None:
-        """Waits for the last step."""
-        self._hear()
+    def finish(self) -> bool:
+        """Waits for the last step, and returns whether it was taken rather than left out."""
+        is_taken = self._hear()
         self._settle_average()
+        return is_taken
 
     def _settle_average(self) -> None:
-        """Gives the average the statistics of the last step; it may have those of a later forward pass."""
+        """Gives the average the statistics of batch norm, of which it follows the weights alone."""
         if self.run.ema is not None:
             for average, current in zip(self.run.ema.module.buffers(), self.run.model.buffers(), strict=True):
                 average.copy_(current)
@@ -150,7 +151,7 @@ class Stepper:
             images for name, images in last.names if name == last.names[0][0]
         )
         if self.run.ema is not None and math.isfinite(norm):
-            self.run.ema.update_parameters(self.run.model)
+            update_average(self.run.ema, self.run.model)
         return True
 
     def _find_fault(self, last: _Step, losses: list[float], scale: float) -> Fault | None:
@@ -165,6 +166,6 @@ class Stepper:
                 return None
             image_ids = [image_id for _, ids in told for image_id in ids]
             cause = f"the gradient of {(names or ['all weights, taken together,'])[0]} is not finite"
-            return Fault(last.epoch, last.step, cause, 0, image_ids, last.batch)
+            return Fault(last.epoch, last.step, cause, None, image_ids, last.batch)
         cause, image_ids = told[rank]
         return Fault(last.epoch, last.step, cause, rank, image_ids, last.batch)
