@@ -110,19 +110,15 @@ def check_folder(folder: Path, checkpoint: Checkpoint | None) -> None:
     for existing in (folder / name for name in (NEWEST, PREVIOUS) if os.path.lexists(folder / name)):
         if checkpoint is None or checkpoint.path.resolve().parent != folder.resolve():
             raise UserError(f"--output-dir {folder}: holds {existing.name}; --resume {existing}, or name another")
+        if checkpoint.path.name == existing.name:
+            return
         try:
             found = Checkpoint.load(existing)
         except UserError:
-            if checkpoint.path.name == existing.name:
-                raise
             damaged = existing.with_stem(f"{existing.stem}_damaged")
             files.move(existing, damaged)
             warn(f"{existing}: cannot be read, and is now called {damaged.name}")
             continue
-        if checkpoint.path.name == existing.name:
-            if _place(found) != _place(checkpoint):  # before the folder was locked
-                raise UserError(f"{existing}: another run has written it since it was read; start again")
-            return
         if _place(found) > _place(checkpoint):
             raise UserError(f"--resume {checkpoint.path}: {existing} is a later one; name another --output-dir")
 

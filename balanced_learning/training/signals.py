@@ -54,7 +54,7 @@ class StopSignals:
     def stop_together(self) -> None:
         """Where all processes come by, raises :class:`Stopped` on all of them if one has received a signal."""
         for name in filter(None, distributed.gather(self.received)):
-            raise Stopped(f"stopped by {name}")
+            raise Stopped(f"stopped by {name}; start it again")
 
     def _handle(self, number: int, _: Any) -> None:
         self._interrupts += number == signal.SIGINT
@@ -64,4 +64,4 @@ class StopSignals:
         if self.received is None:
             self.received = signal.Signals(number).name
             if not self._is_deferred:
-                raise Stopped(f"stopped by {self.received}")
+                raise Stopped(f"stopped by {self.received}; start it again")

@@ -10,6 +10,7 @@ from PIL import Image
 
 from balanced_learning.training import checkpoint, dry_run, optimization, step
 from balanced_learning.training.errors import UserError
+from balanced_learning.training.reporting import reports
 from examples import train_torchvision_libra
 from tests.training.small import scripted
 from tests.training.toy import (
@@ -247,7 +248,7 @@ def test_a_dry_run_leaves_nothing(options, folder, capsys):
 
 @pytest.mark.usefixtures("_elsewhere")
 def test_a_dry_run_that_fails_leaves_nothing(options, monkeypatch):
-    for patched, do in ((Toy, None), (dry_run, "predict_files"), (train_torchvision_libra, "write_rows")):
+    for patched, do in ((Toy, None), (dry_run, "predict_files"), (reports, "write_rows")):
         with monkeypatch.context() as patch:
             if do:
                 patch.setattr(patched, do, fail)

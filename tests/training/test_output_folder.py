@@ -295,7 +295,7 @@ def test_a_damaged_checkpoint_does_not_take_the_place_of_the_one_before(tmp_path
 
 def join_and_enter(rank: int, store: Path, folder: Path | None, results, epochs=None) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
-    checkpoint = epochs and checkpoint_at(folder / "checkpoint.pth", epochs[rank], 0)
+    checkpoint = epochs and epochs[rank] and checkpoint_at(folder / "checkpoint.pth", epochs[rank], 0)
     try:
         with run_folder(Config.of({"output_dir": folder}), checkpoint) as config:
             results.put((rank, str(config.run.output_dir)))
@@ -322,7 +322,7 @@ def test_all_processes_agree_on_the_folder_or_on_why_there_is_none(tmp_path, mon
     assert enter_together(tmp_path / "store", given) == [(rank, expected) for rank in range(3)]
 
 
-def enter_together(store: Path, folder: Path | None, epochs: list[int] | None = None) -> list[tuple[int, str]]:
+def enter_together(store: Path, folder: Path | None, epochs: list[int | None] | None = None) -> list[tuple[int, str]]:
     """What each of three processes says of the folder."""
     results = fork.SimpleQueue()
     ranks = [fork.Process(target=join_and_enter, args=(rank, store, folder, results, epochs)) for rank in range(3)]
@@ -338,5 +338,6 @@ def enter_together(store: Path, folder: Path | None, epochs: list[int] | None = 
 def test_processes_that_read_different_checkpoints_do_not_go_on(tmp_path):
     (tmp_path / "checkpoint.pth").touch()
     assert [text for _, text in enter_together(tmp_path / "same", tmp_path, [3, 3, 3])] == [f"{tmp_path}"] * 3
-    for _, text in enter_together(tmp_path / "other", tmp_path, [3, 3, 2]):
-        assert text == f"{tmp_path}/checkpoint.pth: changed while the processes read it; start again"
+    for epochs in ([3, 3, 2], [3, None, 3]):
+        for _, text in enter_together(tmp_path / f"other {epochs[1]}", tmp_path, epochs):
+            assert text == f"--output-dir {tmp_path}: the processes do not read the same checkpoint; start again"

@@ -58,7 +58,7 @@ def test_an_epoch_that_cannot_be_written_is_told_of_in_one_line(small_disk, capf
 
     folder = small_disk / "run"
     folder.mkdir()
-    board = TensorBoard(SimpleNamespace(folder=folder, epoch=0, model=None))
+    board = TensorBoard(SimpleNamespace(folder=folder, epoch=0, model=None, history=[]))
     values = {f"loss {i}": 1.0 for i in range(100)}
     for epoch in range(4):
         with trouble(folder) if epoch in (1, 2) else nullcontext():
