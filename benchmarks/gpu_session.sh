@@ -47,5 +47,12 @@ for benchmark in benchmarks/*_speed.py; do
   run "$(basename "$benchmark" .py)" "$PYTHON" "$benchmark" --device cuda --output "$OUT"
 done
 
+# Where there are images, and the packages of the extra "train".
+if [ -n "${BALANCED_LEARNING_DATA:-}" ]; then
+  for options in "" "--backbone resnet50 --amp bf16"; do
+    run "train_step${options:+_resnet50}" "$PYTHON" benchmarks/train_step.py --device cuda --output "$OUT" $options
+  done
+fi
+
 echo "== failed: ${failures[*]:-nothing}"
 [ ${#failures[@]} = 0 ]

@@ -20,12 +20,13 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
@@ -51,9 +52,12 @@ KINDS = {
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 CLOCK = {"seconds", "images_per_second"}  # no two runs have them in common
 PLACE = {"output_dir"}
+PLACES = ["starting", "training", "saving", "evaluating", "reporting"]
 COMPARED = ["checkpoint.pth", "checkpoint_best.pth"]
 SHARE_OF_START = 0.1  # at most, of the moments
+DELAY = 0.2  # seconds at most, after a line that a run is killed at when it goes on
 MOST_STARTS = 12
+LOADERS = ("ConnectionResetError", "BrokenPipeError", "EOFError")  # with which they end that have lost the process
 TORCHRUNS = ("SignalException", "ChildFailedError")  # with which it ends, and tells of a worker that failed
 
 
@@ -64,7 +68,7 @@ class Kill:
     Attributes:
         signal: its name.
         to: whom it was sent to.
-        where: what the run was doing.
+        where: what the run was doing, one of ``PLACES``.
         exit_code: of the command, 0 if torchrun went on by itself.
     """
 
@@ -115,16 +119,24 @@ class Runs:
         seed: of the moments, signals and targets.
         count: of the runs.
         kinds: by name.
+        kills: of a run; one of the numbers is drawn.
         start: starts a run.
     """
 
     def __init__(
-        self, folder: Path, seed: int, count: int, kinds: dict[str, Kind] = KINDS, start: Start = start_command
+        self,
+        folder: Path,
+        seed: int,
+        count: int,
+        kinds: dict[str, Kind] = KINDS,
+        kills: Sequence[int] = (1, 1, 2, 3),
+        start: Start = start_command,
     ) -> None:
         self.folder = folder
         self.seed = seed
         self.count = count
         self.kinds = kinds
+        self.kills = kills
         self.start = start
         self.data = shapes_dataset(train=13, val=5)
         self.references: dict[str, Reference] = {}
@@ -162,13 +174,14 @@ class Runs:
         rng = random.Random(f"{self.seed}/{number}")
         outcome, out = Outcome(name), self.folder / f"{number:04}"
         lines_left = len(reference.times) - 1
-        kills = rng.choice((1, 1, 2, 3))
+        kills = rng.choice(self.kills)
         while outcome.starts < MOST_STARTS:
             run = self._start(kind, out, outcome.starts)
             outcome.starts += 1
             moment = reference.moment((turn + rng.random()) / turns)
             if outcome.kills:
-                moment = Moment(rng.randrange(max(1, lines_left)), rng.uniform(0, 0.2))
+                lines = rng.randrange(max(1, lines_left))
+                moment = Moment(lines, rng.uniform(0, DELAY if lines else reference.times[0]))
             elif outcome.starts > 1:
                 moment = Moment(0, moment.delay)
             if turn % 4 == 3:
@@ -179,13 +192,14 @@ class Runs:
                 outcome.kills.append(self._kill(run, kind, number_of_signal, rng))
             lines_left -= len(run.progress())
             code, left = run.end()
+            text = run.log.read_text(errors="replace")
             if is_killed:
                 outcome.kills[-1].exit_code = code
-                outcome.failures += _wrong_code(kind, outcome.kills[-1])
+                outcome.failures += _wrong_code(kind, outcome.kills[-1], is_over="\ndone: " in text)
             elif code:
                 outcome.failures.append(f"start {outcome.starts} ended with {code}, and nothing had killed it")
             outcome.failures += [f"process {pid} was left behind" for pid in left]
-            outcome.failures += _wrong_output(kind, run.log.read_text(errors="replace"), outcome.kills)
+            outcome.failures += _wrong_output(kind, text, outcome.kills[-1] if is_killed else None)
             if code == 0 and (is_killed or outcome.kills or not kills):
                 break
             if code == 0:  # the moment never came
@@ -209,7 +223,7 @@ class Runs:
         return Kill(number.name, to, where, None)
 
 
-def _wrong_code(kind: Kind, kill: Kill) -> Iterator[str]:
+def _wrong_code(kind: Kind, kill: Kill, *, is_over: bool) -> Iterator[str]:
     """Complains of an exit code that is not the documented one."""
     number = -signal.Signals[kill.signal]
     right: set[int | None] = {EXIT_CODE} if kill.signal != "SIGKILL" else {number}
@@ -219,17 +233,25 @@ def _wrong_code(kind: Kind, kill: Kill) -> Iterator[str]:
         right = {1, number} if kill.to == "all processes" else {1}
         if kind.restarts and kill.to != "torchrun":
             right = {0} if kill.to == "one rank" else right | {0}
+    if is_over:
+        right.add(0)  # it came too late
     if kill.exit_code not in right:
         wanted = " or ".join(map(str, sorted(right, key=str)))
         yield f"{kill.signal} to {kill.to} when {kill.where}: exit code {kill.exit_code}, not {wanted}"
 
 
-def _wrong_output(kind: Kind, text: str, kills: list[Kill]) -> Iterator[str]:
-    """Complains of a traceback that is not torchrun's own."""
+def _wrong_output(kind: Kind, text: str, kill: Kill | None) -> Iterator[str]:
+    """Complains of a traceback that the script is to blame for."""
+    innocent: tuple[str, ...] = TORCHRUNS if kind.processes > 1 else ()
+    if kill and kill.where == "starting":
+        innocent += ("KeyboardInterrupt",)  # in Python's imports, before the program can hear
+    if kill and kill.signal == "SIGKILL":
+        innocent += LOADERS
+    text = re.sub(r"^\[rank\d+\]: ", "", text, flags=re.MULTILINE)
     for trace in text.split("Traceback (most recent call last):\n")[1:]:
         error = next((line for line in trace.splitlines() if line[:1].strip()), "")
-        if kind.processes == 1 or not any(name in error for name in TORCHRUNS):
-            yield f"traceback after {kills[-1] if kills else 'nothing'}: {error}"
+        if not any(name in error for name in innocent):
+            yield f"traceback after {kill or 'a start'}: {error}"
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -273,18 +295,24 @@ def _shown(value: Any) -> str:
 
 
 def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The numbers of runs and kills, and where those met them, for each kind and signal that a run was killed by first."""
+    """For each kind and signal: the runs that it killed, how many of them are as they should be, its kills and where.
+
+    A run that several signals killed is counted with each of them.
+    """
     rows = []
     for name in results["kinds"]:
         for number in SIGNALS:
-            runs = [r for r in results["runs"].values() if r["kind"] == name and r["kills"][:1]]
-            runs = [run for run in runs if run["kills"][0]["signal"] == number.name]
-            kills = [kill for run in runs for kill in run["kills"]]
-            where = Counter(kill["where"] for kill in kills)
-            equal = sum(not run["failures"] for run in runs)
+            of_run = [
+                (run, [kill["where"] for kill in run["kills"] if kill["signal"] == number.name])
+                for run in results["runs"].values()
+                if run["kind"] == name
+            ]
+            where = Counter(place for _, places in of_run for place in places)
+            killed = [run for run, places in of_run if places]
+            equal = sum(not run["failures"] for run in killed)
             rows.append(
-                {"kind": name, "first signal": number.name, "runs": len(runs), "equal": equal, "kills": len(kills)}
-                | {place: where[place] for place in ("starting", "training", "saving", "evaluating", "reporting")}
+                {"kind": name, "signal": number.name, "runs": len(killed), "equal": equal, "kills": where.total()}
+                | {place: where[place] for place in PLACES}
             )
     return rows
 
@@ -324,8 +352,9 @@ def main() -> None:
     write(args.output, results | {"summary": rows, "failures": failures})
     unfinished.unlink(missing_ok=True)
     print(f"\n{markdown([{name: str(value) for name, value in row.items()} for row in rows])}")
-    equal = sum(row["equal"] for row in rows)
-    print(f"{equal} of {args.runs} runs, killed {sum(row['kills'] for row in rows)} times, equal those not stopped")
+    equal = sum(not run["failures"] for run in results["runs"].values())
+    kills = sum(row["kills"] for row in rows)
+    print(f"{equal} of {args.runs} runs, killed {kills} times, equal the runs that were not stopped")
     sys.exit(equal < args.runs)
 
 

@@ -60,7 +60,7 @@ class Position:
                 raise ValueError(f"{name} must be a whole number of at least {low}, got {shown(value)}")
         if self.step > self.iterations:
             raise ValueError(f"step must be at most the {self.iterations} of an epoch, got {self.step}")
-        if self.skipped_steps > self.step + 1:  # the one that is kept for --replay counts as well
+        if self.skipped_steps > self.step:
             raise ValueError(f"skipped_steps must be at most the {self.step} that are done, got {self.skipped_steps}")
         if type(self.seconds) is not float or not 0 <= self.seconds < math.inf:
             raise ValueError(f"seconds must be a number of at least 0, got {shown(self.seconds)}")
@@ -260,7 +260,7 @@ def save(
         path: of the checkpoint.
         parts: by name, what has a ``state_dict``: a model, an optimizer, ...
         config, labels, position: see :class:`Checkpoint`.
-        fault: its entry, by name.
+        fault: what repeats a step that was left out, if it is kept of one.
         previous: keeps the checkpoint that this one replaces.
 
     Raises:
@@ -276,7 +276,8 @@ def save(
         "norm_eps": _norm_eps(parts),
         "versions": backend_info(),
     }
-    content |= fault or {}
+    if fault:
+        content["fault"] = fault
     write_whole(path, lambda file: torch.save(content, file), previous=previous)
 
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 from dataclasses import Field, fields
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,10 @@ def _find_checkpoint(chosen: dict[str, Any]) -> Checkpoint | None:
         return None
     path = chosen["resume"]
     if path != AUTO:
-        return Checkpoint.to_continue(path)
+        checkpoint = Checkpoint.to_continue(path)
+        if checkpoint.fault:
+            raise UserError(f"--resume {path}: kept of a step that was left out; --replay repeats it")
+        return checkpoint
     if "output_dir" not in chosen:
         raise UserError("--resume auto: pass the folder that it is to look in, --output-dir")
     return Checkpoint.newest(chosen["output_dir"])
@@ -172,8 +176,6 @@ def _check_agreement(chosen: dict[str, Any], checkpoint: Checkpoint, trains: boo
     """Refuses what would give the weights of the checkpoint another meaning, or its training another course."""
     before = checkpoint.config.values()
     binding = {MODEL, COURSE} if trains else {MODEL}
-    if trains and chosen.get("start_epoch", 0):
-        raise UserError(f"--start-epoch {chosen['start_epoch']}: --resume goes on in epoch {checkpoint.position.epoch}")
     for name, value in chosen.items():
         setting = setting_fields()[name]
         is_schedule = trains and name == "epochs" and before["lr_scheduler"] == "cosineannealinglr"
@@ -206,6 +208,16 @@ def _settled(config: Config) -> Config:
         raise UserError("--momentum 0: --opt sgd_nesterov needs one")
     if run.test_only and not (run.resume or model.weights):
         raise UserError("--test-only: there are no trained weights; pass --resume or --weights")
+    if model.sync_bn and training.accumulation_steps > 1:
+        raise UserError(
+            "--sync-bn: not with --accumulation-steps; processes have other numbers of parts of a short batch"
+        )
+    for name in ("test_only", "check_data", "replay"):
+        if run.dry_run and getattr(run, name):
+            raise UserError(f"--dry-run: it trains; leave {flag_of(name)} out")
+    package = run.coco_backend.replace("-", "_")
+    if not find_spec(package):
+        raise UserError(f"--coco-backend {run.coco_backend}: the package is missing; pip install {run.coco_backend}")
     if training.ema is not None and not 0 <= training.ema < 1:
         raise UserError(f"--ema {training.ema:g}: a decay of 1 keeps the first weights for ever")
     values = config.values()

@@ -194,7 +194,9 @@ class RunConfig:
     checkpoint_minutes: float | None = _setting(
         None, "also save when the last checkpoint is M minutes old", type=_amount, metavar="M"
     )
-    start_epoch: int = _setting(0, "epoch to start counting from", "--start_epoch", type=_not_negative, metavar="N")
+    start_epoch: int = _setting(
+        0, "epoch to start counting from", "--start_epoch", binds=COURSE, type=_not_negative, metavar="N"
+    )
     test_only: bool = _setting(False, "evaluate, do not train")
     check_data: bool = _setting(False, "report on the data and its faults, do not train")
     dry_run: bool = _setting(False, "train, save, continue, evaluate and predict on a few images, then end")

@@ -1,12 +1,15 @@
 """One process, or several started by torchrun or SLURM, seen alike."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from balanced_learning.training.errors import SharedError, UserError
 from balanced_learning.training.meeting import is_torchruns_store, meet_at_torchrun
@@ -82,11 +85,52 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def say(text: str) -> None:
+    """Prints it, in the main process."""
+    if is_main():
+        print(text)
+
+
 def share_buffers(model: nn.Module) -> None:
     """Gives every process the running statistics of the first, so that all evaluate the model that is saved."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """The module, with gradients that are means over the processes; their bits do not depend on the steps before."""
+    if world_size() == 1:
+        return module
+    # Without the search for unused parameters the gradients would be sent in another order, and so be summed in
+    # another one, from the second step of each process on: a run that goes on would not be the same.
+    tiny = nn.Linear(1, 1, device=next(module.parameters()).device)
+    with _deaf_stderr():  # that the search is in vain is said once in a process, in many words
+        DistributedDataParallel(tiny, find_unused_parameters=True)(tiny.weight.detach())
+    shared = DistributedDataParallel(module, find_unused_parameters=True)
+    # Those of the main process are saved and evaluated. To send them in every forward pass, all processes would have to
+    # make equally many, which those with fewer parts of a batch do not.
+    shared.broadcast_buffers = False
+    return shared
+
+
+@contextmanager
+def _deaf_stderr() -> Iterator[None]:
+    """Drops what is written to the file behind standard error, by C++ too."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def is_of_another_process(error: RuntimeError) -> bool:
+    """Whether torch says by this error that another process is gone."""
+    return world_size() > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
 
 
 def barrier() -> None:

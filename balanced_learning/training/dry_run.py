@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 from balanced_learning.training import distributed
 from balanced_learning.training.checkpoint import Checkpoint
@@ -13,7 +12,7 @@ from balanced_learning.training.errors import UserError
 from balanced_learning.training.inference import load_detector, predict_files
 from balanced_learning.training.output_folder import run_folder
 
-Start = Callable[[Config, Checkpoint | None], Path]
+Start = Callable[[Config, Checkpoint | None], None]
 
 
 def dry_run(config: Config, start: Start) -> None:
@@ -23,7 +22,7 @@ def dry_run(config: Config, start: Start) -> None:
 
     Args:
         config: the settings of the run that is to be tried out.
-        start: trains as the settings ask for, from a checkpoint if there is one, and returns the output folder.
+        start: trains as the settings ask for, from a checkpoint if there is one.
 
     Raises:
         UserError: for whatever a run would raise.

@@ -45,10 +45,10 @@ class Losses(nn.Module):
 
 
 def bad_gradients(model: nn.Module) -> list[str]:
-    """The names of the weights whose gradients are not finite."""
+    """The names of the weights whose gradients are not finite, those nearest to the losses first."""
     return [
         name
-        for name, parameter in model.named_parameters()
+        for name, parameter in reversed(list(model.named_parameters()))
         if parameter.grad is not None and not parameter.grad.isfinite().all()
     ]
 
@@ -61,40 +61,33 @@ class Fault:
         epoch: of the step.
         step: of the epoch.
         cause: the first loss that was not finite, or the first gradient if all losses were.
-        rank: of the process that met it.
-        image_ids: of its images; of all processes, if only a gradient was at fault.
+        rank: of the process that met it; None if all losses were finite, and only the gradient of all was not.
+        image_ids: of the images of that process, or of all.
         batch: of this process.
     """
 
     epoch: int
     step: int
     cause: str
-    rank: int
+    rank: int | None
     image_ids: list[int]
     batch: Batch
 
     def describe(self, split: Split) -> str:
         """One line for the user, with the files of the images."""
-        shown = [f"{image_id} ({printable(split.file_of(image_id))})" for image_id in self.image_ids[:_SHOWN_IMAGES]]
+        files = {image_id: split.file_of(image_id) for image_id in self.image_ids[:_SHOWN_IMAGES]}
+        shown = [f"{image_id} ({printable(file.relative_to(split.image_dir))})" for image_id, file in files.items()]
         more = f" and {len(self.image_ids) - len(shown)} more" if len(self.image_ids) > len(shown) else ""
+        where = "over all processes" if self.rank is None else f"on process {self.rank}"
         return (
-            f"step {self.step} of epoch {self.epoch} is left out: {self.cause} on process {self.rank}, "
-            f"images {', '.join(shown)}{more}"
+            f"step {self.step} of epoch {self.epoch} is left out: {self.cause} {where}, "
+            f"images {', '.join(shown)}{more} in {printable(split.image_dir)}"
         )
 
     def content(self) -> dict[str, Any]:
         """What a checkpoint needs to repeat the step, in plain values."""
-        return {
-            "fault": {
-                "cause": self.cause,
-                "rank": self.rank,
-                "images": [image.cpu() for image in self.batch.images],
-                "targets": [
-                    {name: value.cpu() if isinstance(value, Tensor) else value for name, value in target.items()}
-                    for target in self.batch.targets
-                ],
-            }
-        }
+        batch = self.batch.to(torch.device("cpu"))
+        return {"cause": self.cause, "rank": self.rank or 0, "images": batch.images, "targets": batch.targets}
 
 
 def replay(checkpoint: Checkpoint, model: nn.Module, precision: Precision) -> str:
@@ -112,8 +105,10 @@ def replay(checkpoint: Checkpoint, model: nn.Module, precision: Precision) -> st
     if fault is None:
         raise UserError(f"--replay {checkpoint.path}: a checkpoint, but not of a step that was left out")
     training, position = checkpoint.config.training, checkpoint.position
-    batch = Batch(fault["images"], fault["targets"], of=len(fault["images"]), is_filler=False, replaced=[], step=0)
-    lines = [f"epoch {position.epoch}, step {position.step}, process {fault['rank']}; then: {fault['cause']}"]
+    batch = Batch(fault["images"], fault["targets"], of=len(fault["images"]), is_filler=False, unreadable=[], step=0)
+    place = f"step {position.step} of epoch {position.epoch}, process {fault['rank']}"
+    lines = [f"{place}; in the run, {printable(fault['cause'])}"]
+    checkpoint.restore({"scaler": precision.scaler})
     model.train()
     for number, part in enumerate(batch.to(precision.device).parts(training.batch_size)):
         model.zero_grad()
@@ -123,10 +118,12 @@ def replay(checkpoint: Checkpoint, model: nn.Module, precision: Precision) -> st
         lines.append(f"images {part.image_ids()}: " + "  ".join(f"{name} {loss:g}" for name, loss in losses.items()))
         lines += [f"the first output that is not finite is that of {name}" for name in seen[:1]]
         precision.scaler.scale(torch.stack(list(losses.values())).sum()).backward()
-        lines += [f"the first gradient that is not finite is that of {name}" for name in bad_gradients(model)[:1]]
+        names = bad_gradients(model)[:1]
+        lines += [f"of the gradients that are not finite, that of {name} is nearest to the losses" for name in names]
     if not any("not finite" in line for line in lines[1:]):
         lines.append(
-            "all numbers are finite here: other threads, kernels or versions than then, or float16 as it should"
+            "all numbers are finite here: threads, kernels or versions are others than then, or the fault was in the "
+            "batch of another process"
         )
     return "\n".join(lines)
 

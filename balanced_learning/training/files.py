@@ -102,8 +102,8 @@ def keep_previous(path: Path, previous: Path) -> None:
             return
     try:
         os.link(path, link, follow_symlinks=False)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
+    except (OSError, NotImplementedError) as error:  # Windows cannot link without following
+        if getattr(error, "errno", errno.ENOSYS) not in _NO_LINKS:
             raise
         link = path
     link.replace(previous)

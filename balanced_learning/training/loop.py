@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from balanced_learning.training import distributed
+from balanced_learning.training.checkpoint import NEWEST
 from balanced_learning.training.config import images_per_step
 from balanced_learning.training.data.batching import DetectionLoader
 from balanced_learning.training.errors import SharedError, warn
@@ -35,8 +36,9 @@ class Loop:
         self.stepper = Stepper(run, self._report)
         self.agreement = distributed.Agreement()
         self._is_stopping = False  # as all processes know
-        self._told: set[str] = set()  # the lines about images that cannot be read
-        self._unreadable = 0  # images, of all processes
+        self._is_save_asked = False
+        self._found: set[str] = set()  # a line for each image that this process could not read, not told yet
+        self._unreadable: set[str] = set()  # those of all processes that are told
 
     def train_epoch(self) -> None:
         """Trains the rest of the epoch, and saves.
@@ -54,18 +56,20 @@ class Loop:
             images = images_per_step(run.config)
             for batch in progress.over(batches, run.iterations, self._status, done=run.step, images=images):
                 self.stepper(batch)
-                is_save_due = self._hear(self._ask(batch.replaced, save=self._is_late()))
+                is_save_due = self._hear(self._ask(batch.unreadable, save=self._is_late()))
                 every = run.config.run.checkpoint_steps
                 is_save_due |= bool(every and (run.epoch * run.iterations + run.step) % every == 0)
                 if run.step < run.iterations and (is_save_due or self._is_stopping):
-                    self._save()
+                    # Weights after which a step goes wrong may be bad: they must not take the place of good ones.
+                    if self.stepper.finish() or self._is_stopping:
+                        self._save()
                     self._stop_if_asked()
         self._hear(self.agreement.finish())
         self._save()
         self._stop_if_asked()
 
-    def evaluate(self) -> dict[int, dict[str, Tensor]]:
-        """The detections of all processes, by the id of the image.
+    def detect(self) -> dict[int, dict[str, Tensor]]:
+        """The detections of an evaluation, of all processes, by the id of the image.
 
         Raises:
             Stopped: after a signal. The evaluation is made up when the run goes on.
@@ -76,7 +80,7 @@ class Loop:
         run = self.run.config.run
 
         def hear(batch: Any) -> None:
-            self._hear(self._ask(batch.replaced if batch else []))
+            self._hear(self._ask(batch.unreadable if batch else []))
             self._stop_if_asked()
 
         detections = predict(model, self.val_loader, self.run.precision, run.print_freq, after_batch=hear)
@@ -85,30 +89,37 @@ class Loop:
         return detections
 
     def _ask(self, unreadable: list[str], *, save: bool = False) -> dict[str, float]:
-        new = sorted(set(unreadable) - self._told)
-        self._told.update(new)
-        for line in new:
-            warn(line)
+        self._found |= set(unreadable) - self._unreadable
+        self._is_save_asked |= save
         stop = self.signals.received is not None
-        return self.agreement.exchange(stop=stop, save=save, unreadable=len(new))
+        return self.agreement.exchange(stop=stop, save=save, unreadable=len(self._found))
 
     def _hear(self, asked: dict[str, float]) -> bool:
         """Takes in what all processes ask together, and returns whether to save."""
         self._is_stopping |= bool(asked.get("stop"))
-        self._unreadable += int(asked.get("unreadable", 0))
+        if asked.get("unreadable"):
+            new = set().union(*distributed.gather(self._found)) - self._unreadable
+            self._found.clear()
+            self._unreadable |= new
+            for line in sorted(new) if distributed.is_main() else ():
+                warn(line)
         limit = self.run.config.data.max_unreadable
-        if self._unreadable > limit:
-            raise SharedError(f"{self._unreadable} images cannot be read, more than --max-unreadable {limit}")
-        return bool(asked.get("save"))
+        if len(self._unreadable) > limit:
+            raise SharedError(f"{len(self._unreadable)} images cannot be read, more than --max-unreadable {limit}")
+        is_save_due = bool(asked.get("save"))
+        self._is_save_asked &= not is_save_due
+        return is_save_due
 
     def _stop_if_asked(self) -> None:
         if self._is_stopping:
             signal = self.signals.received or "a signal to another process"
-            raise Stopped(f"stopped by {signal} in {self.run.place()}; saved in {self.run.folder / 'checkpoint.pth'}")
+            raise Stopped(f"stopped by {signal} in {self.run.place()}; go on with --resume {self.run.folder / NEWEST}")
 
     def _is_late(self) -> bool:
         minutes = self.run.config.run.checkpoint_minutes
-        return distributed.is_main() and minutes is not None and time.perf_counter() - self.run.saved_at >= 60 * minutes
+        if minutes is None or self._is_save_asked or not distributed.is_main():
+            return False
+        return time.perf_counter() - self.run.saved_at >= 60 * minutes
 
     def _save(self) -> None:
         self.stepper.finish()
@@ -120,7 +131,7 @@ class Loop:
         run = self.run
         run.skipped_steps += 1
         kept = None
-        if run.skipped_steps == 1 and distributed.rank() == fault.rank:
+        if run.skipped_steps == 1 and distributed.rank() == (fault.rank or 0):
             kept = run.keep(fault)
         kept = next(filter(None, distributed.gather(kept)), None)
         if distributed.is_main():

@@ -79,6 +79,15 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval()
 
 
+def update_average(average: AveragedModel, model: nn.Module) -> None:
+    """As :meth:`AveragedModel.update_parameters` of the weights, without its copy to the device, which waits for it."""
+    if average.n_averaged == 0:
+        average.update_parameters(model)
+    else:
+        average.multi_avg_fn(list(average.module.parameters()), list(model.parameters()), average.n_averaged)  # type: ignore[misc]
+        average.n_averaged += 1
+
+
 def update(model: nn.Module, optimizer: Optimizer, precision: Precision, clip_norm: float) -> Tensor:
     """One step of the optimizer along the gradients, clipped to ``clip_norm`` if > 0.
 

@@ -41,8 +41,8 @@ def run_folder(config: Config, checkpoint: Checkpoint | None) -> Iterator[Config
     """
     with ExitStack() as stack:
         folder = distributed.in_main(lambda: _take(config, checkpoint, stack))
-        if checkpoint and len(set(distributed.gather(_place(checkpoint)))) > 1:
-            raise SharedError(f"{checkpoint.path}: changed while the processes read it; start again")
+        if len(set(distributed.gather(checkpoint and _place(checkpoint)))) > 1:
+            raise SharedError(f"--output-dir {folder}: the processes do not read the same checkpoint; start again")
         yield replace(config, run=replace(config.run, output_dir=folder))
 
 
@@ -110,15 +110,19 @@ def check_folder(folder: Path, checkpoint: Checkpoint | None) -> None:
     for existing in (folder / name for name in (NEWEST, PREVIOUS) if os.path.lexists(folder / name)):
         if checkpoint is None or checkpoint.path.resolve().parent != folder.resolve():
             raise UserError(f"--output-dir {folder}: holds {existing.name}; --resume {existing}, or name another")
-        if checkpoint.path.name == existing.name:
-            return
         try:
             found = Checkpoint.load(existing)
         except UserError:
+            if checkpoint.path.name == existing.name:
+                raise
             damaged = existing.with_stem(f"{existing.stem}_damaged")
             files.move(existing, damaged)
             warn(f"{existing}: cannot be read, and is now called {damaged.name}")
             continue
+        if checkpoint.path.name == existing.name:
+            if _place(found) != _place(checkpoint):  # before the folder was locked
+                raise UserError(f"{existing}: another run has written it since it was read; start again")
+            return
         if _place(found) > _place(checkpoint):
             raise UserError(f"--resume {checkpoint.path}: {existing} is a later one; name another --output-dir")
 

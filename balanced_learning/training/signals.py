@@ -7,25 +7,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from balanced_learning.training import distributed
+
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command is to be tried again
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # a scheduler's, Ctrl-C, and SLURM's before the time is over
 
 
-class Stopped(BaseException):  # no Exception, for those that a broken file raises are caught everywhere
+class Stopped(BaseException):  # not an Exception: those are caught wherever a broken file may raise one
     """A signal ended the program; the message says where it stands."""
 
 
 class StopSignals:
     """The handler of SIGTERM, SIGINT and SIGUSR1 inside its ``with`` block.
 
-    A signal raises :class:`Stopped`; in a block of :meth:`deferred` it is only remembered as ``received``. A second
-    SIGINT ends the process at once, whatever it is doing.
+    The first one raises :class:`Stopped`; in a block of :meth:`deferred` it is only remembered as ``received``. A
+    second SIGINT ends the process at once, whatever it is doing; other signals after the first change nothing.
     """
 
     received: str | None = None
 
     def __init__(self) -> None:
+        self._interrupts = 0
         self._is_deferred = False
         self._before: dict[int, Any] = {}
 
@@ -42,16 +45,23 @@ class StopSignals:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Lets the block end by itself: it has to look at ``received``."""
-        self._is_deferred = True
+        before, self._is_deferred = self._is_deferred, True
         try:
             yield
         finally:
-            self._is_deferred = False
+            self._is_deferred = before
+
+    def stop_together(self) -> None:
+        """Where all processes come by, raises :class:`Stopped` on all of them if one has received a signal."""
+        for name in filter(None, distributed.gather(self.received)):
+            raise Stopped(f"stopped by {name}")
 
     def _handle(self, number: int, _: Any) -> None:
-        if number == signal.SIGINT and self.received == "SIGINT":
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts == 2:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.received = signal.Signals(number).name
-        if not self._is_deferred:
-            raise Stopped(f"stopped by {self.received}")
+        if self.received is None:
+            self.received = signal.Signals(number).name
+            if not self._is_deferred:
+                raise Stopped(f"stopped by {self.received}")

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from balanced_learning.training import distributed, randomness
 from balanced_learning.training.data.batching import Batch
 from balanced_learning.training.faults import Fault, Losses, bad_gradients
-from balanced_learning.training.optimization import update
+from balanced_learning.training.optimization import update, update_average
 from balanced_learning.training.run import Run
 
 
@@ -51,14 +50,7 @@ class Stepper:
         self.run = run
         self.report = report
         self.losses = Losses(run.model)
-        self.parallel: nn.Module = self.losses
-        if distributed.world_size() > 1:
-            # Without the search for unused parameters the gradients would be sent in another order, and so be summed
-            # in another one, from the second step of each process on: a run that goes on would not be the same.
-            self.parallel = DistributedDataParallel(self.losses, find_unused_parameters=True)
-            # Those of the main process are saved and evaluated. To send them in every forward pass, all processes would
-            # have to make equally many, which those with fewer parts of a batch do not.
-            self.parallel.broadcast_buffers = False
+        self.parallel = distributed.parallel(self.losses)
         norms = [module for module in run.model.modules() if isinstance(module, _BatchNorm)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self._last: _Step | None = None
@@ -89,13 +81,14 @@ class Stepper:
         self._remember(batch, parts, all_losses, norm, statistics)
         run.step += 1
 
-    def finish(self) -> None:
-        """Waits for the last step."""
-        self._hear()
+    def finish(self) -> bool:
+        """Waits for the last step, and returns whether it was taken rather than left out."""
+        is_taken = self._hear()
         self._settle_average()
+        return is_taken
 
     def _settle_average(self) -> None:
-        """Gives the average the statistics of the last step; it may have those of a later forward pass."""
+        """Gives the average the statistics of batch norm, of which it follows the weights alone."""
         if self.run.ema is not None:
             for average, current in zip(self.run.ema.module.buffers(), self.run.model.buffers(), strict=True):
                 average.copy_(current)
@@ -158,7 +151,7 @@ class Stepper:
             images for name, images in last.names if name == last.names[0][0]
         )
         if self.run.ema is not None and math.isfinite(norm):
-            self.run.ema.update_parameters(self.run.model)
+            update_average(self.run.ema, self.run.model)
         return True
 
     def _find_fault(self, last: _Step, losses: list[float], scale: float) -> Fault | None:
@@ -173,6 +166,6 @@ class Stepper:
                 return None
             image_ids = [image_id for _, ids in told for image_id in ids]
             cause = f"the gradient of {(names or ['all weights, taken together,'])[0]} is not finite"
-            return Fault(last.epoch, last.step, cause, 0, image_ids, last.batch)
+            return Fault(last.epoch, last.step, cause, None, image_ids, last.batch)
         cause, image_ids = told[rank]
         return Fault(last.epoch, last.step, cause, rank, image_ids, last.batch)

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -20,6 +21,7 @@ KILLS = 10
 def _train(log, flags, ranks):
     """The process that a run begins with."""
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of its loaders, as without the server
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     for number in (1, 2):
         os.dup2(descriptor, number)
@@ -85,12 +87,15 @@ def test_ten_kills_change_no_bit(tmp_path, monkeypatch, kill_and_resume):
     def start(kind, flags, log):
         return _Fork(context, log, flags, kind.processes)
 
-    kinds = {name: kind for name, kind in kill_and_resume.KINDS.items() if not kind.restarts}
-    runs = kill_and_resume.Runs(tmp_path, seed=0, count=8, kinds=kinds, start=start)
+    shorter = " --epochs 2 --lr-steps 1"
+    kinds = {
+        name: replace(kind, flags=kind.flags + shorter)
+        for name, kind in kill_and_resume.KINDS.items()
+        if name in ("two loaders, AdamW, EMA", "accumulation, fp16", "two processes")
+    }
+    runs = kill_and_resume.Runs(tmp_path, seed=0, count=len(kinds), kinds=kinds, kills=(4,), start=start)
     for name in kinds:
         runs.refer(name)
-    outcomes = []
-    while sum(len(outcome.kills) for outcome in outcomes) < KILLS:
-        outcomes.append(runs.kill(len(outcomes)))
+    outcomes = [runs.kill(number) for number in range(len(kinds))]
     assert not [failure for outcome in outcomes for failure in outcome.failures]
-    assert {outcome.kind for outcome in outcomes} == set(kinds)
+    assert sum(len(outcome.kills) for outcome in outcomes) >= KILLS

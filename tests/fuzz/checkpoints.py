@@ -90,7 +90,7 @@ class Checkpoints:
             "images": [torch.rand(3, 8, 8)],
             "targets": [{"boxes": torch.rand(1, 4), "labels": torch.tensor([1]), "image_id": 3}],
         }
-        about: Any = {"config": Config.of(SETTINGS), "labels": LABELS, "position": position, "fault": {"fault": fault}}
+        about: Any = {"config": Config.of(SETTINGS), "labels": LABELS, "position": position, "fault": fault}
         save(self.path, self.parts, **about)
         return Checkpoint.load(self.path)
 
@@ -279,7 +279,7 @@ def _step(run: Run) -> None:
     faults: list[Any] = []
     stepper = Stepper(run, faults.append)
     run.model.train()
-    stepper(Batch(images, [target, target], of=2, is_filler=False, replaced=[], step=run.step))
+    stepper(Batch(images, [target, target], of=2, is_filler=False, unreadable=[], step=run.step))
     stepper.finish()
     if faults:
         raise WrongError("the step was left out")

@@ -182,7 +182,7 @@ def test_unreadable_images_are_replaced_alike_by_any_number_of_processes_and_loa
         expected = [split.images[stands_in.get(index, index)]["id"] for index in share.indices]
         assert [image_id for batch in own for image_id in ids(batch)] == expected
         files = [split.images[i]["file_name"] for index in share.indices for i in tried.get(index, [])]
-        lines = [line for batch in batches for line in batch.replaced]
+        lines = [line for batch in batches for line in batch.unreadable]
         assert [re.search(r"(\d+\.png) is (unreadable|missing)", line)[1] for line in lines] == files
         assert all(batch.of == len(share.indices) for batch in batches)
 
@@ -194,7 +194,7 @@ def test_a_filler_is_loaded_and_weighs_and_tells_nothing(split):
     assert ids(short[2]) == ids(short[3]) == ids(short[0])
     spoil(split, next(i for i, image in enumerate(split.images) if image["id"] == ids(short[0])[0]))
     short = load(split, world_size=4, epoch=0)[short[0].step]
-    assert [len(batch.replaced) for batch in short] == [1, 0, 0, 0]
+    assert [len(batch.unreadable) for batch in short] == [1, 0, 0, 0]
     assert ids(short[2]) == ids(short[3]) == ids(short[0])
 
 
@@ -219,7 +219,7 @@ def test_an_evaluation_leaves_unreadable_images_out(split):
     images = DetectionDataset(split, {90: 1, 3: 2}, unreadable="leave out")
     batches = list(DetectionLoader(images, OneByOne(10), 0, CPU))
     assert [len(batch.images) for batch in batches] == [0, 1, 1, 0, 1, 1, 1, 1, 1, 1]
-    assert [len(batch.replaced) for batch in batches] == [1, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+    assert [len(batch.unreadable) for batch in batches] == [1, 0, 0, 1, 0, 0, 0, 0, 0, 0]
     assert [batch.of for batch in batches] == [1] * 10
 
 
@@ -237,7 +237,7 @@ def test_an_image_that_a_transform_fails_on_is_replaced(split, error):
     images = failing_on(31, error, split)
     batch = images.__getitems__(Share([2, 1], 2, 0))
     assert ids(batch) == [32, 12]
-    assert batch.replaced == [f"{split.image_dir / '31.png'} cannot be augmented (size)"]
+    assert batch.unreadable == [f"{split.image_dir / '31.png'} cannot be augmented (size)"]
 
 
 def test_a_fault_of_the_program_is_not_the_images(split):
@@ -260,7 +260,7 @@ def test_loading_goes_on_in_the_middle_of_an_epoch_without_what_was_before(split
     rest = load(split, epoch=2, start=1)
     assert [ids(batch) for (batch,) in rest] == [ids(batch) for (batch,) in whole[1:]]
     assert [batch.step for (batch,) in rest] == [1, 2]
-    assert not any(batch.replaced for (batch,) in rest)
+    assert not any(batch.unreadable for (batch,) in rest)
 
 
 def test_pinning_keeps_a_batch(split, monkeypatch):
@@ -272,7 +272,7 @@ def test_pinning_keeps_a_batch(split, monkeypatch):
     again = torch.utils.data._utils.pin_memory.pin_memory(batch)
     assert type(again) is type(batch)
     assert ids(again) == ids(batch)
-    assert again[2:] == batch[2:] == (5, False, batch.replaced, 7)
+    assert again[2:] == batch[2:] == (5, False, batch.unreadable, 7)
     assert len(pinned) == 2 * 3  # image, boxes and labels
 
 
@@ -309,4 +309,4 @@ def test_strict_data_is_a_setting(coco_root, strict):
             with pytest.raises(UserError, match="is missing"):
                 list(loader)
         else:
-            assert sum(len(batch.replaced) for batch in loader) == 1
+            assert sum(len(batch.unreadable) for batch in loader) == 1

@@ -26,7 +26,7 @@ def batch_of(count):
         {"boxes": torch.tensor([[4.0 + i, 8.0, 34.0 + i, 40.0]]), "labels": torch.tensor([1]), "image_id": i}
         for i in range(count)
     ]
-    return Batch(images, targets, of=count, is_filler=False, replaced=[], step=0)
+    return Batch(images, targets, of=count, is_filler=False, unreadable=[], step=0)
 
 
 def frozen(model):
@@ -123,14 +123,15 @@ def test_a_step_waits_for_nothing_that_the_model_does_not_wait_for(values):
     run = make_run(batch_size=1, clip_grad_norm=1.0, **values)
     batch = batch_of(run.config.training.accumulation_steps)
     stepper = Stepper(run, pytest.fail)
-    stepper(batch)
+    for _ in range(2):
+        stepper(batch)
     with Waits() as model:
         for part in batch.parts(1):
             torch.stack(list(run.model(part.images, part.targets).values())).sum().backward()
     with Waits() as step:
         stepper(batch)
     assert model.count > 0
-    on_host = 2 * ("ema" in values)  # torch's average counts its updates there
+    on_host = 1 * ("ema" in values)  # torch's average counts its updates there
     assert step.count - on_host == model.count
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from balanced_learning.training import dry_run
 from balanced_learning.training.checkpoint import Checkpoint
 from balanced_learning.training.config import Config
+from balanced_learning.training.reporting import reports
 from examples import train_torchvision_libra
 from tests.training.small import fingerprint
 
@@ -90,8 +91,8 @@ def put_toy_in(patch: Callable[[Any, str, Any], object]) -> None:
     patch(train_torchvision_libra, "evaluate_detections", fingerprint)
     patch(train_torchvision_libra, "detections_per_image", lambda _: 1)
     patch(dry_run, "load_detector", lambda file: make_toy(Config.of({"lr": 0.1}), None, Checkpoint.load(file)).eval())
-    for name in ("save_evaluation", "save_curves"):
-        patch(train_torchvision_libra, name, lambda *_: None)
+    patch(train_torchvision_libra, "save_evaluation", lambda *_: None)
+    patch(reports, "save_curves", lambda *_: None)
 
 
 def at_steps(*numbers: int, do: Callable[..., object]) -> Callable[..., None]:

@@ -47,7 +47,7 @@ class Batch(NamedTuple):
         targets: of the images.
         of: number of images that all processes load together.
         is_filler: whether the image belongs to another process, so that its loss is to count nothing here.
-        replaced: a line for each image that could not be read. In training others are there in their place.
+        unreadable: a line for each image that could not be read. In training others are there in their place.
         step: of the epoch.
     """
 
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
     targets: list[Target]
     of: int
     is_filler: bool
-    replaced: list[str]
+    unreadable: list[str]
     step: int
 
     def to(self, device: torch.device) -> "Batch":
@@ -149,9 +149,9 @@ class DetectionDataset(Dataset):
             samples = [sample for index in share.indices if (sample := self._next_readable(index, unread))]
         except UserError as error:
             return error
-        replaced = [] if share.is_filler else unread  # the image's own process tells of it
+        unreadable = [] if share.is_filler else unread  # the image's own process tells of it
         images, targets = [image for image, _ in samples], [target for _, target in samples]
-        return Batch(images, targets, share.images, share.is_filler, replaced, share.step)
+        return Batch(images, targets, share.images, share.is_filler, unreadable, share.step)
 
     def _next_readable(self, index: int, unread: list[str]) -> Sample | None:
         """The image, or what comes in its place; adds a line to ``unread`` for each that cannot be read."""

@@ -7,21 +7,27 @@ for which it needs its loaders.
 import atexit
 import multiprocessing
 import os
-import resource
 import signal
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from balanced_learning import _torch_private
 
-SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}
 
 
 def ignore_signals(worker: int) -> None:
     """Makes a loader process deaf; for the ``worker_init_fn`` of a ``DataLoader``."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # which also forgets those that are pending
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def loading(start: Callable[[], Iterator[Any]]) -> Generator[Any, None, None]:
@@ -51,20 +57,32 @@ def loading(start: Callable[[], Iterator[Any]]) -> Generator[Any, None, None]:
 
     atexit.register(end)
     try:
-        # A new process has the signals blocked until it ignores them.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            batches = start()
-        finally:
-            processes += [process for process in multiprocessing.active_children() if process not in before]
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        with _blocked_signals():  # in a new process, until it ignores them
+            try:
+                batches = start()
+            finally:
+                processes += [process for process in multiprocessing.active_children() if process not in before]
         yield from batches
     finally:
         end()
         atexit.unregister(end)
 
 
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _allow_open_files() -> None:
     """Raises the limit of open files to what the system grants: each tensor of a loader process is one in this one."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if resource:
+        with suppress(OSError, ValueError):  # macOS grants less than it says
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -26,8 +26,8 @@ class TensorBoard:
         except ImportError:
             raise UserError("--tensorboard: the package is missing; pip install tensorboard") from None
         self._open = partial(SummaryWriter, str(run.folder))
-        # What an earlier process wrote of epochs that are trained again is not to be shown.
-        self.writer: Any = self._open(purge_step=run.epoch)
+        first = run.history[0]["epoch"] if run.history else run.epoch
+        self.writer: Any = self._open(purge_step=first)  # what earlier processes wrote is written again, or not true
         self.sampler: ObservedSampler | None = None
         model: Any = run.model
         if hasattr(model, "roi_heads"):

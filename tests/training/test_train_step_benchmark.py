@@ -9,14 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.coco_data import coco_root, edit
-
-__all__ = ["coco_root", "edit"]
-
 
 @pytest.fixture
 def load(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     return import_module
 
 
