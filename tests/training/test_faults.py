@@ -17,6 +17,7 @@ from tests.training.toy import (
     rows,
     spoil_gradient,
     spoil_image,
+    spoil_loss,
     spoil_target,
     start,
     state_of,
@@ -73,6 +74,7 @@ def counted(state):
         (spoil_target, [1], []),
         (stumble, [2], []),  # the last of the epoch
         (spoil_gradient, [5], []),  # and of all
+        (spoil_loss, [0, 4], []),
         (spoil_image, [0, 1], []),
         (spoil_image, [0, 1, 2], []),
         (stumble, [2, 3], []),
@@ -95,6 +97,7 @@ def test_a_step_that_goes_wrong_is_as_if_it_had_never_been(options, tmp_path, mo
     assert [3 * int(epoch) + int(step) for step, epoch, _ in told] == steps
     cause = {
         spoil_image: "loss_width is nan on process 0, images ",
+        spoil_loss: "loss_width is nan on process 0, images ",
         spoil_target: "loss_width is inf on process 0, images ",
         stumble: "ious[0] has a NaN at index 3 is nan on process 0, images ",
         spoil_gradient: "the gradient of head.bias is not finite over all processes, images ",

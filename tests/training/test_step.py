@@ -158,9 +158,13 @@ def test_a_step_on_cuda_waits_as_often_as_the_model(recwarn):
     assert counts[2] <= counts[1]
 
 
+@pytest.mark.parametrize("amp", [None, "fp16"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
-def test_a_first_step_that_is_left_out_leaves_nothing(value):
-    run = make_run(batch_size=1)
+def test_a_first_step_that_is_left_out_leaves_nothing(value, amp):
+    run = make_run(batch_size=1, amp=amp)
+    run.precision.scaler = torch.amp.GradScaler(
+        "cpu", init_scale=0.5, enabled=amp is not None
+    )  # no longer its own skip
     weights = [parameter.clone() for parameter in run.model.parameters()]
     run.model.head.regression_head.bbox_reg.bias.register_hook(lambda gradient: gradient * 0 + value)
     faults = []

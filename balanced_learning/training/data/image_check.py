@@ -5,7 +5,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,11 +27,8 @@ def for_every_image(look: Callable[[int], Found], count: int, title: str) -> lis
     def look_at_piece(start: int) -> list[Found]:
         return [look(i) for i in range(start, min(start + _PIECE, count))]
 
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("ignore")  # Pillow's, which name no file
-        pool = stack.enter_context(ThreadPoolExecutor())
-        stack.callback(pool.shutdown, cancel_futures=True)  # a signal does not wait for all images
         pieces = pool.map(look_at_piece, range(0, count, _PIECE))
         bar = tqdm(total=count, desc=title, unit=" images", disable=None, delay=2, leave=False)
         found: list[Found] = []
