@@ -46,7 +46,7 @@ from balanced_learning.training.weights import choose_labels
 
 
 def main(argv: list[str] | None = None) -> None:
-    with StopSignals() as signals, ends_in_one_line():
+    with StopSignals(is_last=argv is None) as signals, ends_in_one_line():
         config, checkpoint = read_command_line(make_parser(__doc__).parse_args(argv))
         if config.run.dry_run:
             dry_run(config, lambda config, checkpoint: start(config, checkpoint, signals))

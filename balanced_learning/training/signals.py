@@ -1,8 +1,10 @@
 """Signals that end a run where it can go on from later."""
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +13,7 @@ from balanced_learning.training import distributed
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command is to be tried again
 
+_ONE_INTERRUPT = 0.5  # seconds in which the one of a terminal may come twice: torchrun passes it on
 _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # a scheduler's, Ctrl-C, and SLURM's before the time is over
 
 
@@ -23,12 +26,17 @@ class StopSignals:
 
     The first one raises :class:`Stopped`; in a block of :meth:`deferred` it is only remembered as ``received``. A
     second SIGINT ends the process at once, whatever it is doing; other signals after the first change nothing.
+
+    Args:
+        is_last: whether the program has nothing else to do: then signals are ignored behind the block, so that none
+            changes the exit code.
     """
 
     received: str | None = None
 
-    def __init__(self) -> None:
-        self._interrupts = 0
+    def __init__(self, *, is_last: bool = False) -> None:
+        self.is_last = is_last
+        self._interrupted_at = math.inf
         self._is_deferred = False
         self._before: dict[int, Any] = {}
 
@@ -40,7 +48,7 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.is_last else handler)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -57,10 +65,12 @@ class StopSignals:
             raise Stopped(f"stopped by {name}; start it again")
 
     def _handle(self, number: int, _: Any) -> None:
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts == 2:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if now - self._interrupted_at > _ONE_INTERRUPT:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self._interrupted_at = min(self._interrupted_at, now)
         if self.received is None:
             self.received = signal.Signals(number).name
             if not self._is_deferred:
