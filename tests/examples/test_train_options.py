@@ -247,7 +247,7 @@ def test_a_dry_run_leaves_nothing(options, folder, capsys):
 
 @pytest.mark.usefixtures("_elsewhere")
 def test_a_dry_run_that_fails_leaves_nothing(options, monkeypatch):
-    for patched, do in ((Toy, None), (dry_run, "predict_files"), (train_torchvision_libra.Loop, "evaluate")):
+    for patched, do in ((Toy, None), (dry_run, "predict_files"), (train_torchvision_libra, "Loop")):
         with monkeypatch.context() as patch:
             if do:
                 patch.setattr(patched, do, fail)

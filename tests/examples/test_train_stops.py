@@ -89,9 +89,7 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(options, whole, tmp
     assert caught.value.code == EXIT_CODE
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"stopped by {name} in epoch ")
-    assert line.endswith(
-        f"; saved in {folder}/checkpoint.pth; the same command with --resume auto goes on (exit code 75)"
-    )
+    assert line.endswith(f"; go on with --resume {folder}/checkpoint.pth (exit code 75)")
     start([*options, "--output-dir", folder, "--resume", "auto"])
     assert_same(state_of(folder / "checkpoint.pth"), state_of(whole / "checkpoint.pth"))
     assert_same(rows(folder), rows(whole))
@@ -114,9 +112,7 @@ def test_a_signal_before_training_ends_it_in_a_line(options, tmp_path, capsys, m
     with pytest.raises(SystemExit) as caught:
         start([*options, "--data-path", tmp_path / "more", "--output-dir", tmp_path / "run"])
     assert caught.value.code == EXIT_CODE
-    assert capsys.readouterr().err == (
-        "stopped by SIGTERM; the same command with --resume auto goes on (exit code 75)\n"
-    )
+    assert capsys.readouterr().err == ("stopped by SIGTERM (exit code 75)\n")
     assert len(seen) < 150
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
