@@ -48,7 +48,7 @@ def prepare(model: Any, config: ModelConfig, device: torch.device) -> Any:
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if config.compile:
-        model.backbone.compile(dynamic=True)  # in place; maps are of many sizes
+        model.backbone.compile(dynamic=False)  # in place, for each size: with sizes left open, inductor fails on CPUs
     return model
 
 

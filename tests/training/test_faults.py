@@ -104,10 +104,10 @@ def test_a_step_that_goes_wrong_is_as_if_it_had_never_been(options, tmp_path, mo
     }[spoil]
     for *_, text in told:
         assert text.startswith(cause)
-        images = re.findall(r"(\d) \(([^)]*)\)", text)
+        images = re.findall(r"(\d) \((\d)\.png\)", text)
         assert len(images) == 2
-        assert all(file == f"{image_id}.png" for image_id, file in images)
-        assert text.startswith(f" in {tmp_path}/data/train2017", text.rindex(")") + 1)
+        assert all(image_id == file for image_id, file in images)
+        assert f" in {tmp_path}/data/train2017" in text
 
 
 def test_the_limit_ends_the_run_and_keeps_the_last_checkpoint(options, tmp_path, error, capsys):
