@@ -143,5 +143,6 @@ class Loop:
             )
 
     def _status(self) -> str:
-        losses = "  ".join(f"{name} {value:.4f}" for name, value in self.run.means().items())
-        return f"lr {self.run.optimizer.param_groups[0]['lr']:.6f}  {losses}"
+        self.stepper.finish()
+        losses = "  ".join(f"{name} {value:.4g}" for name, value in self.run.means().items())
+        return f"lr {self.run.lr():.4g}  {losses}"

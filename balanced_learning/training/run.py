@@ -22,7 +22,6 @@ from balanced_learning.training.optimization import (
 )
 
 HINTS = "lower --lr, lengthen --warmup-iters or clip more (--clip-grad-norm). The last checkpoint is untouched"
-CLOCK = ("seconds", "images_per_second")  # what of a row no two runs have in common
 
 
 class Run:
@@ -156,13 +155,16 @@ class Run:
         means = {name: value / images for name, value in total.items()}
         return {**means, "loss": math.fsum(means.values())} if means else {}
 
+    def lr(self) -> float:
+        """The learning rate of the last step."""
+        training, last_step = self.config.training, self.epoch * self.iterations + self.step - 1
+        return training.lr * lr_factor(training, self.iterations, last_step)
+
     def end_epoch(self, metrics: dict[str, Any]) -> None:
         """Ends the epoch with a row of its losses and of these metrics, and saves; the best AP so far twice."""
-        training = self.config.training
-        last_step = (self.epoch + 1) * self.iterations - 1
         images = _total(distributed.gather(self.sums)).get("images", 0.0)
         row: dict[str, Any] = {"epoch": self.epoch, **self.means()}
-        row["lr"] = training.lr * lr_factor(training, self.iterations, last_step)
+        row["lr"] = self.lr()
         if self.skipped_steps:
             row["skipped_steps"] = self.skipped_steps
         row |= {"images_per_second": images / max(self.seconds, 1e-9), "seconds": self.seconds}
