@@ -180,6 +180,8 @@ def test_a_program_that_does_not_train_takes_other_settings_of_training(checkpoi
         (["--test-only"], "--test-only: there are no trained weights"),
         (["--model", "libra_retinanet", "--rpn"], "--rpn: RetinaNet has no RPN"),
         (["--opt", "sgd_nesterov", "--momentum", 0], "--momentum 0: --opt sgd_nesterov needs one"),
+        (["--sync-bn", "--accumulation-steps", 2], "--sync-bn: not with --accumulation-steps"),
+        (["--dry-run", "--check-data"], "--dry-run: it trains; leave --check-data out"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(flags, message):

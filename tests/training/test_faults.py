@@ -8,6 +8,7 @@ import torch
 
 from balanced_learning.training import optimization
 from balanced_learning.training.checkpoint import Checkpoint
+from balanced_learning.training.run import Run
 from balanced_learning.training.step import Stepper
 from tests.training.toy import (
     TOY,
@@ -127,6 +128,19 @@ def test_weights_are_finite_in_every_checkpoint(options, tmp_path):
         values = [*content["model"].values(), *content["ema"].values()]
         values += [tensor for state in content["optimizer"]["state"].values() for tensor in state.values()]
         assert all(value.isfinite().all() for value in values), file
+
+
+def test_no_good_checkpoint_makes_room_for_weights_after_which_a_step_went_wrong(options, tmp_path, monkeypatch):
+    places = []
+    monkeypatch.setattr(Run, "save", lambda run: places.append((run.epoch, run.step)))
+    start([*options, "--checkpoint-steps", 1], at_steps(1, 3, do=spoil_image))
+    assert places == [(0, 1), (0, 3), (1, 0), (1, 2), (1, 3), (2, 0)]
+
+
+def test_what_is_kept_of_a_step_is_no_checkpoint_to_go_on_from(options, tmp_path, error):
+    start([*options, "--epochs", 1], at_steps(1, do=spoil_image))
+    kept = tmp_path / "run" / "skipped_00.pth"
+    assert error(["--resume", kept]) == f"error: --resume {kept}: kept of a step that was left out; --replay repeats it"
 
 
 def test_what_is_replayed_goes_wrong_again(options, tmp_path, capsys):

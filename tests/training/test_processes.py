@@ -140,3 +140,20 @@ def test_a_run_goes_on_with_another_number_of_processes(options, tmp_path, capsy
         rest = images_of(then, tmp_path / f"{first}b", [*options, *at, "-b", 4 // then])
         assert begun + rest == whole
         assert [row["epoch"] for row in rows(folder)] == [0, 1]
+
+
+def test_an_image_that_cannot_be_read_is_told_of_and_counted_once(options, tmp_path):
+    """Both processes meet it, in two epochs; with ``--strict-data`` the first that does ends both."""
+    file = tmp_path / "data" / "train2017" / "3.png"
+    content = file.read_bytes()
+    file.write_bytes(content[:60] + content[-12:])  # header and end are whole, so the check before training passes
+    options = [*options, "-b", 2, "--epochs", 4]
+    main, other = run_processes(2, tmp_path / "0", start, [*options, "--max-unreadable", 1])
+    assert (main.code, other.code) == (0, 0)
+    assert re.match(f"warning: {file} is unreadable [^\n]*\n$", main.err)
+    assert other.err == ""
+    outcomes = run_processes(2, tmp_path / "1", start, [*options, "--strict-data", "--output-dir", tmp_path / "strict"])
+    assert [outcome.code for outcome in outcomes] == [1, 1]
+    first, second = sorted((outcome.err for outcome in outcomes), key=lambda text: "is unreadable" not in text)
+    assert re.match(f"error: {file} is unreadable [^\n]*\n$", first)
+    assert re.match(r"error: process \d has lost another one[^\n]*\n$", second)
