@@ -13,7 +13,7 @@ from balanced_learning.training import distributed
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command is to be tried again
 
-_ONE_INTERRUPT = 0.5  # seconds in which the one of a terminal may come twice: torchrun passes it on
+_ONE_INTERRUPT = 0.5  # seconds in which one Ctrl-C may come twice: from the terminal, and passed on by a launcher
 _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # a scheduler's, Ctrl-C, and SLURM's before the time is over
 
 

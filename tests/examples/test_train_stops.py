@@ -133,7 +133,7 @@ def test_handlers_are_as_before_when_the_program_ends():
 def interrupt_twice(options):
     def interrupt(*_):
         send("SIGINT")()
-        send("SIGINT")()  # at once: torchrun passes a Ctrl-C on to processes that have had it
+        send("SIGINT")()  # at once: a launcher may pass a Ctrl-C on to processes that have had it
         print("still here", flush=True)
         time.sleep(1)
         send("SIGINT")()

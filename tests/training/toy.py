@@ -4,7 +4,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import socket
 import sys
 from collections.abc import Callable
@@ -22,8 +21,6 @@ from balanced_learning.training.config import Config
 from balanced_learning.training.reporting import reports
 from examples import train_torchvision_libra
 from tests.training.small import fingerprint
-
-_WARNING_OF_TORCH = re.compile(r"\[rank\d\]:\[W[^\n]*find_unused_parameters[^\n]*\n\n?")
 
 TOY = ["-j", "0", "--device", "cpu", "--lr", "0.05", "--warmup-iters", "0"]
 
@@ -167,7 +164,6 @@ def run_processes(world_size: int, folder: Path, work: Callable[..., object], *g
             process.kill()
             process.join()
     said = [[(folder / f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(world_size)]
-    said = [[out, _WARNING_OF_TORCH.sub("", err)] for out, err in said]
     return [Outcome(process.exitcode, *texts) for process, texts in zip(processes, said, strict=True)]
 
 
