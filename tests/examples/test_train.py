@@ -239,7 +239,8 @@ def test_seeds_epochs_and_processes_share_no_draw(tmp_path, coco_root, train, mo
     for rank in (0, 1):
         process = SimpleNamespace(rank=lambda rank=rank: rank, world_size=lambda: 2)
         monkeypatch.setattr(batching, "distributed", process)
-        monkeypatch.setattr(step, "distributed", SimpleNamespace(rank=process.rank, world_size=lambda: 1))
+        alone = SimpleNamespace(rank=process.rank, world_size=lambda: 1, parallel=lambda module: module)
+        monkeypatch.setattr(step, "distributed", alone)
         for seed in (0, 1):
             recorder = Recorder()
             monkeypatch.setattr(train_torchvision_libra, "make_model", lambda *_, recorder=recorder: recorder)

@@ -240,7 +240,7 @@ def test_an_entry_that_no_run_can_have_is_named(edit, name, value):
 def test_a_position_beyond_the_last_epoch_is_named(edit):
     Checkpoint.load(edit(config=CONFIG.plain() | {"epochs": 5}))
     refused(edit(config=CONFIG.plain() | {"epochs": 4}), "cannot be read: its epoch must be one of the 4, got 4")
-    Checkpoint.load(edit(step=0, sums=[]))
+    Checkpoint.load(edit(step=0, sums=[], skipped_steps=0))
 
 
 @pytest.mark.parametrize("name", ["history", "categories", "epoch", "model", "config", "num_classes"])
@@ -321,7 +321,7 @@ FAULT = {
 def test_a_step_that_was_left_out_is_kept(saved):
     path, model = saved
     assert Checkpoint.load(path).fault is None
-    save(path, {"model": model}, **STATE, fault={"fault": FAULT})
+    save(path, {"model": model}, **STATE, fault=FAULT)
     kept = Checkpoint.load(path)
     assert torch.equal(kept.fault["images"][0], FAULT["images"][0])
     assert kept.states.keys() == {"model"}
