@@ -183,7 +183,8 @@ class Checkpoint:
                 raise ValueError(f"norm_eps must be a number of at least 0, got {shown(norm_eps)}")
             if not isinstance(content["versions"], dict):
                 raise ValueError(f"versions must be a dict, got {shown(content['versions'])}")
-            check_tensors(content["model"])
+            for name in {"model", "ema"} & content.keys():
+                check_tensors(content[name])
             sizes = [tensor.shape[0] for tensor in content["model"].values() if tensor.dim()]
             if not any(size and size % labels.num_classes == 0 for size in sizes):
                 raise ValueError(f"num_classes is {labels.num_classes}, and its model has no output of as many")
@@ -214,7 +215,7 @@ class Checkpoint:
         """The same with the moving average of the weights in their place, if the run kept one: what it evaluates."""
         states = dict(self.states)
         average = states.pop("ema", None)
-        if isinstance(average, dict):
+        if average is not None:
             states["model"] = {str(k).removeprefix("module."): v for k, v in average.items() if k != "n_averaged"}
         return replace(self, states=states)
 

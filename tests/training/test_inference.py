@@ -41,10 +41,10 @@ def test_the_average_of_the_weights_is_loaded_where_there_is_one(tmp_path):
     fine_tuned = make_model(config_of("--data-path", "-", *SMALL, "--weights", path), labels, None).state_dict()
     assert all(value.equal(loaded[name]) for name, value in fine_tuned.items())
     content = torch.load(path)
-    content["ema"] = {"module.x": 3}
-    torch.save(content, path)
-    with pytest.raises(UserError, match="does not fit the model"):
-        load_detector(path)
+    for entry, message in ((3, "is no tensor of plain numbers"), (torch.zeros(2), "does not fit the model")):
+        torch.save(content | {"ema": {"module.x": entry}}, path)
+        with pytest.raises(UserError, match=message):
+            load_detector(path)
 
 
 def test_no_checkpoint_is_an_error(tmp_path):
