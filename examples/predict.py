@@ -22,7 +22,7 @@ from balanced_learning.training.data.image_files import find_images, picture_fil
 from balanced_learning.training.distributed import find_device
 from balanced_learning.training.errors import UserError, warn
 from balanced_learning.training.inference import Prediction, predict_files
-from balanced_learning.training.output_folder import make_folder
+from balanced_learning.training.output_folder import require_writable
 from balanced_learning.training.reporting.pictures import detection_marks, draw_marks
 
 
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
     images = find_images(options.paths, folder)
     pictures = picture_files(images, folder)
     detector = load_detector(options.checkpoint, find_device(options.device))
-    make_folder(folder)
+    require_writable(folder)
 
     records: list[dict[str, Any]] = []
     interrupted, num_unread = False, 0

@@ -30,12 +30,12 @@ from balanced_learning.training.data.splits import read_splits
 from balanced_learning.training.dry_run import dry_run
 from balanced_learning.training.endings import ends_in_one_line
 from balanced_learning.training.evaluation import Evaluation, detections_per_image, evaluate_detections
-from balanced_learning.training.faults import replay
 from balanced_learning.training.files import write_or_warn
 from balanced_learning.training.loop import Loop
 from balanced_learning.training.model import make_model, prepare
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.output_folder import run_folder
+from balanced_learning.training.replay import replay
 from balanced_learning.training.reporting.evaluation_picture import save_evaluation
 from balanced_learning.training.reporting.next_steps import next_steps
 from balanced_learning.training.reporting.reports import Reports

@@ -31,7 +31,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # for schedules that begin in the middle
         for parameter in group["params"]:
-            if config.opt != "adamw" and config.momentum:  # of a first step that is left out torch leaves chance there
+            if config.opt != "adamw" and config.momentum:  # torch leaves it uninitialized if the first step is left out
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 

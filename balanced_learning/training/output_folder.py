@@ -61,12 +61,14 @@ def find_folder(config: Config) -> Path:
         UserError: if it cannot be written.
     """
     data = config.data.data_path
-    folder = config.run.output_dir or new_folder(f"{config.model.model}-{data.resolve().name if data else 'shapes'}")
-    make_folder(folder)
+    folder = config.run.output_dir or next_free_folder(
+        f"{config.model.model}-{data.resolve().name if data else 'shapes'}"
+    )
+    require_writable(folder)
     return folder
 
 
-def new_folder(name: str, parent: Path = Path("runs")) -> Path:
+def next_free_folder(name: str, parent: Path = Path("runs")) -> Path:
     """Makes a folder of that name, or with a number behind it, that no other process has made.
 
     Raises:
@@ -85,8 +87,8 @@ def new_folder(name: str, parent: Path = Path("runs")) -> Path:
     raise UserError(f"{parent}: holds too many folders called {name}; pass --output-dir")
 
 
-def make_folder(folder: Path) -> None:
-    """Makes an output folder, unless it is there.
+def require_writable(folder: Path) -> None:
+    """Makes an output folder, unless it is there, and tries to write into it.
 
     Raises:
         UserError: if it cannot be written.

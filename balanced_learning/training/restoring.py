@@ -1,4 +1,4 @@
-"""Saved states against those of the parts that they are loaded into, so that no step meets what cannot be used."""
+"""Checks saved states against the parts that load them, before a step could use what does not fit."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from balanced_learning.training import distributed
-from balanced_learning.training.checkpoint import Checkpoint, Position, save, save_newest
+from balanced_learning.training.checkpoint import BEST, NEWEST, Checkpoint, Position, save, save_newest
 from balanced_learning.training.config import Config, images_per_step
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import SharedError, UserError, warn
@@ -110,14 +110,14 @@ class Run:
         Raises:
             SharedError: if the weights are not finite, or the file cannot be written.
         """
-        self._save("checkpoint.pth")
+        self._save(NEWEST)
         self.saved_at = time.perf_counter()
 
     def _save(self, name: str) -> None:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise SharedError(f"training diverged: in {self.place()}, weights are not finite; {HINTS}")
         position = self._position(distributed.gather(self.sums))
-        write = save_newest if name == "checkpoint.pth" else save
+        write = save_newest if name == NEWEST else save
         about: dict[str, Any] = {"config": self.config, "labels": self.labels, "position": position}
         distributed.in_main(lambda: write(self.folder / name, self._parts(), **about))
 
@@ -172,7 +172,7 @@ class Run:
         self.epoch, self.step = self.epoch + 1, 0
         self._start_epoch()
         if self.epochs_since_best() == 0:
-            self._save("checkpoint_best.pth")
+            self._save(BEST)
         self.save()
 
     def epochs_since_best(self) -> int | None:

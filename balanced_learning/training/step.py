@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from balanced_learning.training import distributed, randomness
-from balanced_learning.training.data.batching import Batch
-from balanced_learning.training.faults import Fault, Losses, bad_gradients
+from balanced_learning.training.data.dataset import Batch
+from balanced_learning.training.errors import UserError
+from balanced_learning.training.faults import Fault, bad_gradients
 from balanced_learning.training.optimization import update, update_average
 from balanced_learning.training.run import Run
 
@@ -169,3 +170,28 @@ class Stepper:
             return Fault(last.epoch, last.step, cause, None, image_ids, last.batch)
         cause, image_ids = told[rank]
         return Fault(last.epoch, last.step, cause, rank, image_ids, last.batch)
+
+
+class Losses(nn.Module):
+    """The losses of a detector in training; where it stumbles over a NaN inside, one that is NaN."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
+        try:
+            losses: dict[str, Tensor] = self.detector(images, targets)
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):
+                raise UserError(
+                    f"batch norm cannot train on {len(images)} image so small that its coarsest map is one pixel; pass "
+                    "a --min-size and --max-size above 32, or --weights-backbone IMAGENET1K_V1, whose batch norm is "
+                    "frozen"
+                ) from None
+            if "NaN" not in str(error):
+                raise
+            # With a graph to every weight: the other processes wait for all gradients.
+            weights = [parameter.sum() for parameter in self.parameters() if parameter.requires_grad]
+            losses = {str(error): torch.stack(weights).sum() * math.nan}
+        return losses

@@ -14,7 +14,7 @@ class ResizingFirst(GeneralizedRCNNTransform):
     """
 
     def normalize(self, image: Tensor) -> Tensor:
-        """Leaves it to :meth:`batch_images`; raises what torchvision's raises."""
+        """Only checks the type, as torchvision's does; :meth:`batch_images` normalizes."""
         if not image.is_floating_point():
             raise TypeError(
                 f"Expected input images to be of floating type (in range [0, 1]), but found type {image.dtype} instead"

@@ -21,8 +21,8 @@ from balanced_learning.training.output_folder import (
     check_folder,
     find_folder,
     locked,
-    make_folder,
-    new_folder,
+    next_free_folder,
+    require_writable,
     run_folder,
 )
 from tests.training.disks import NO_ROOM, filled, read_only
@@ -188,12 +188,12 @@ def test_a_full_and_a_read_only_disk_are_named(small_disk):
             pass
     message = rf"--output-dir {small_disk}: cannot be written \(Read-only file system\)"
     with read_only(small_disk), pytest.raises(UserError, match=message):
-        make_folder(small_disk)
+        require_writable(small_disk)
 
 
 def make_some(parent: Path, go, results) -> None:
     go.wait()
-    results.put([new_folder("run", parent).name for _ in range(5)])
+    results.put([next_free_folder("run", parent).name for _ in range(5)])
 
 
 def test_no_two_processes_make_one_folder(tmp_path):
@@ -211,15 +211,15 @@ def test_no_two_processes_make_one_folder(tmp_path):
 def test_a_new_folder_is_made_beside_whatever_is_there(tmp_path):
     (tmp_path / "run").write_text("a file")
     (tmp_path / "run-2").symlink_to("nowhere")
-    assert new_folder("run", tmp_path) == tmp_path / "run-3"
+    assert next_free_folder("run", tmp_path) == tmp_path / "run-3"
     with pytest.raises(UserError, match="/run: cannot be made"):
-        new_folder("run", tmp_path / "run")
+        next_free_folder("run", tmp_path / "run")
 
 
 def test_a_probe_of_a_folder_goes_through_no_link(tmp_path):
     for name in (".writable", ".lock.unfinished"):
         (tmp_path / name).symlink_to(tmp_path / "elsewhere")
-    make_folder(tmp_path)
+    require_writable(tmp_path)
     assert not (tmp_path / "elsewhere").exists()
 
 

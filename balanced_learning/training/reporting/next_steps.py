@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from balanced_learning.training.checkpoint import BEST, NEWEST
 from balanced_learning.training.config import Config
 
 
@@ -19,9 +20,9 @@ def next_steps(config: Config, rows: list[dict[str, Any]], programs: Path, image
         images: the folder of images to detect in.
     """
     folder = config.run.output_dir
-    checkpoint, row = folder / "checkpoint.pth", rows[-1]
-    if (folder / "checkpoint_best.pth").exists():  # not where a run went on in a new folder and grew no better
-        checkpoint = folder / "checkpoint_best.pth"
+    checkpoint, row = folder / NEWEST, rows[-1]
+    if (folder / BEST).exists():  # not where a run went on in a new folder and grew no better
+        checkpoint = folder / BEST
         row = max((row for row in rows if row.get("AP") is not None), key=lambda row: row["AP"])
     reached = ", ".join(f"{name} {100 * row[name]:.1f}" for name in ("AP", "AP50") if row.get(name) is not None)
     pictures = f"{folder / 'curves.png'} and evaluation_{row['epoch']:02}.png"
