@@ -217,7 +217,9 @@ class Runs:
             targets.remove("torchrun")  # which leaves its workers alone: they train on
         to = rng.choice(targets)
         ranks = run.ranks(kind)
-        pids = {"one rank": [rng.choice(ranks)] if ranks else [], "all processes": run.processes()}
+        if to == "one rank" and not ranks:  # all have ended
+            to = "torchrun"
+        pids = {"one rank": ranks and [rng.choice(ranks)], "all processes": run.processes()}
         where = run.place()
         run.signal(number, pids.get(to) or [run.process.pid])
         return Kill(number.name, to, where, None)
@@ -230,7 +232,7 @@ def _wrong_code(kind: Kind, kill: Kill, *, is_over: bool) -> Iterator[str]:
     if kill.where == "starting":
         right.add(number)  # Python has not come to the program yet
     if kind.processes > 1:
-        right = {1, number} if kill.to == "all processes" else {1}
+        right = {1} if kill.to == "one rank" else {1, number}
         if kind.restarts and kill.to != "torchrun":
             right = {0} if kill.to == "one rank" else right | {0}
     if is_over:
