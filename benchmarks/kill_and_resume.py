@@ -319,6 +319,15 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def table(results: dict[str, Any]) -> str:
+    """As Markdown: the summary, and the failures in words."""
+    equal = sum(not run["failures"] for run in results["runs"].values())
+    kills = sum(len(run["kills"]) for run in results["runs"].values())
+    last = f"{equal} of {len(results['runs'])} runs, killed {kills} times, equal the runs that were not stopped"
+    rows = [{name: str(value) for name, value in row.items()} for row in results["summary"]]
+    return "\n".join([markdown(rows), "", last, *(f"- {failure}" for failure in results["failures"])])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=100)
@@ -349,15 +358,12 @@ def main() -> None:
         finally:
             pool.shutdown(cancel_futures=True)
     results["runs"] = {key: done[key] for key in sorted(done, key=int)}
-    rows = summary(results)
-    failures = [f"run {key}: {text}" for key, run in results["runs"].items() for text in run["failures"]]
-    write(args.output, results | {"summary": rows, "failures": failures})
+    results["failures"] = [f"run {key}: {text}" for key, run in results["runs"].items() for text in run["failures"]]
+    results["summary"] = summary(results)
+    write(args.output, results)
     unfinished.unlink(missing_ok=True)
-    print(f"\n{markdown([{name: str(value) for name, value in row.items()} for row in rows])}")
-    equal = sum(not run["failures"] for run in results["runs"].values())
-    kills = sum(row["kills"] for row in rows)
-    print(f"{equal} of {args.runs} runs, killed {kills} times, equal the runs that were not stopped")
-    sys.exit(equal < args.runs)
+    print(f"\n{table(results)}")
+    sys.exit(bool(results["failures"]))
 
 
 if __name__ == "__main__":

@@ -222,5 +222,19 @@ def stages(case: dict[str, Any]) -> str:
     return markdown([*rows, {"ms an image": "pixels, with padding"} | pixels])
 
 
+def table(results: dict[str, Any]) -> str:
+    """As Markdown: the stages of all cases, this library beside the reference, and the ratios of images a second."""
+    rows: list[dict[str, str]] = [{"ms an image, ours / torchvision's": stage} for stage in (*STAGES, "all")]
+    ratio = {"ms an image, ours / torchvision's": "images a second, ours over torchvision's"}
+    for case in results["cases"]:
+        for row, stage in zip(rows, (*STAGES, None), strict=True):
+            times = {n: sum(t[s] for s in STAGES if stage in (None, s)) for n, t in case["stages"].items()}
+            row[case["size"]] = f"{times[OURS]:.1f} / {times[REFERENCE]:.1f}"
+        pairs = zip(case["runs"][OURS], case["runs"][REFERENCE], strict=True)
+        ratios = [(a["images"] / a["seconds"]) / (b["images"] / b["seconds"]) for a, b in pairs]
+        ratio[case["size"]] = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return markdown([*rows, ratio])
+
+
 if __name__ == "__main__":
     main()

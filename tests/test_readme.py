@@ -23,7 +23,9 @@ TEXTS = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTIN
         ("kernel_speed_cpu", "kernel_speed", "README.md"),
         ("sampler_speed_cpu", "sampler_speed", "README.md"),
         ("pyramid_speed_cpu", "pyramid_speed", "README.md"),
+        ("train_step_small_cpu", "train_step", "README.md"),
         ("reading_speed", "reading_speed", "docs/guides/own_data.md"),
+        ("kill_and_resume", "kill_and_resume", "docs/survival.md"),
     ],
 )
 def test_figures_are_those_a_command_wrote(name, benchmark, text, monkeypatch):
