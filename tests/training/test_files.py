@@ -328,7 +328,7 @@ def test_a_killed_program_leaves_whole_files(tmp_path):
     path = tmp_path / "file"
     context = multiprocessing.get_context("fork")
     for attempt in range(20):
-        number = context.Value("i", 0)
+        number = context.Value("i", 0, lock=False)  # a lock would die with the process that holds it
         process = context.Process(target=write_on_and_on, args=(path, number))
         process.start()
         while number.value < 3:
