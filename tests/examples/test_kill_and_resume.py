@@ -77,6 +77,7 @@ def kill_and_resume(monkeypatch):
     return import_module("kill_and_resume")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it finds processes in /proc")
 def test_ten_kills_change_no_bit(tmp_path, monkeypatch, kill_and_resume):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
