@@ -11,7 +11,7 @@ from balanced_learning.training import distributed
 from balanced_learning.training.checkpoint import BEST, NEWEST, Checkpoint, Position, save, save_newest
 from balanced_learning.training.config import Config, images_per_step
 from balanced_learning.training.data.labels import Labels
-from balanced_learning.training.errors import SharedError, UserError, warn
+from balanced_learning.training.errors import UserError, warn
 from balanced_learning.training.faults import Fault
 from balanced_learning.training.optimization import (
     Precision,
@@ -114,12 +114,17 @@ class Run:
         self.saved_at = time.perf_counter()
 
     def _save(self, name: str) -> None:
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise SharedError(f"training diverged: in {self.place()}, weights are not finite; {HINTS}")
         position = self._position(distributed.gather(self.sums))
         write = save_newest if name == NEWEST else save
         about: dict[str, Any] = {"config": self.config, "labels": self.labels, "position": position}
-        distributed.in_main(lambda: write(self.folder / name, self._parts(), **about))
+
+        def work() -> None:
+            states = [self.model.state_dict(), *self.optimizer.state.values()]
+            if not all(tensor.isfinite().all() for state in states for tensor in state.values()):
+                raise UserError(f"training diverged: in {self.place()}, weights are not finite; {HINTS}")
+            write(self.folder / name, self._parts(), **about)
+
+        distributed.in_main(work)
 
     def _position(self, sums: list[dict[str, float]]) -> Position:
         return Position(
