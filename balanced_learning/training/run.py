@@ -155,10 +155,7 @@ class Run:
 
         There are none where no step has been taken.
         """
-        total = _total(distributed.gather(self.sums))
-        images = total.pop("images", math.nan)
-        means = {name: value / images for name, value in total.items()}
-        return {**means, "loss": math.fsum(means.values())} if means else {}
+        return _means(_total(distributed.gather(self.sums)))
 
     def lr(self) -> float:
         """The learning rate of the last step."""
@@ -167,12 +164,11 @@ class Run:
 
     def end_epoch(self, metrics: dict[str, Any]) -> None:
         """Ends the epoch with a row of its losses and of these metrics, and saves; the best AP so far twice."""
-        images = _total(distributed.gather(self.sums)).get("images", 0.0)
-        row: dict[str, Any] = {"epoch": self.epoch, **self.means()}
-        row["lr"] = self.lr()
+        total = _total(distributed.gather(self.sums))
+        row: dict[str, Any] = {"epoch": self.epoch, **_means(total), "lr": self.lr()}
         if self.skipped_steps:
             row["skipped_steps"] = self.skipped_steps
-        row |= {"images_per_second": images / max(self.seconds, 1e-9), "seconds": self.seconds}
+        row |= {"images_per_second": total.get("images", 0.0) / max(self.seconds, 1e-9), "seconds": self.seconds}
         self.history.append(distributed.from_main(row | metrics))
         self.epoch, self.step = self.epoch + 1, 0
         self._start_epoch()
@@ -205,6 +201,11 @@ class Run:
     def place(self) -> str:
         """Where the run is, in words."""
         return f"epoch {self.epoch} after {self.step} of {self.iterations} steps"
+
+
+def _means(total: dict[str, float]) -> dict[str, float]:
+    means = {name: value / total["images"] for name, value in total.items() if name != "images"}
+    return {**means, "loss": math.fsum(means.values())} if means else {}
 
 
 def _total(sums: list[dict[str, float]]) -> dict[str, float]:

@@ -15,6 +15,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command is to be tried aga
 
 _ONE_INTERRUPT = 0.5  # seconds in which one Ctrl-C may come twice: from the terminal, and passed on by a launcher
 _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # a scheduler's, Ctrl-C, and SLURM's before the time is over
+SIGNALS = {getattr(signal, name) for name in _NAMES if hasattr(signal, name)}  # Windows lacks the last
 
 
 class Stopped(BaseException):  # not an Exception: those are caught wherever a broken file may raise one
@@ -42,8 +43,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
-            self._before = {number: signal.signal(number, self._handle) for number in numbers}
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

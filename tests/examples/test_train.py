@@ -24,6 +24,7 @@ from balanced_learning.training.optimization import update
 from examples import train_torchvision_libra
 from tests.training.coco_data import add_images
 from tests.training.small import SMALL, fingerprint, scripted
+from tests.training.toy import rows
 
 
 @pytest.fixture
@@ -50,12 +51,6 @@ def error(train):
         return message
 
     return run
-
-
-def rows(folder):
-    """The rows of metrics.jsonl without what depends on the clock."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
 
 
 def metrics(file):

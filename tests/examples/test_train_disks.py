@@ -10,16 +10,11 @@ from PIL import Image
 from examples import train_torchvision_libra
 from tests.training.disks import NO_FILE, NO_ROOM, filled, read_only, removed, while_written
 from tests.training.small import SMALL
+from tests.training.toy import rows
 
 
 def train(*options: object) -> None:
     train_torchvision_libra.main([str(option) for option in options])
-
-
-def rows(folder):
-    """The rows of metrics.jsonl without what depends on the clock."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
 
 
 def state(path):

@@ -14,26 +14,22 @@ from balanced_learning.training.reporting import reports
 from examples import train_torchvision_libra
 from tests.training.small import scripted
 from tests.training.toy import (
-    TOY,
     Toy,
     assert_same,
     at_steps,
-    put_toy_in,
     rows,
     run_processes,
     start,
     state_of,
     stumble,
-    write_noise,
+    toy_options,
 )
 
 
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     """Two epochs of three steps."""
-    put_toy_in(monkeypatch.setattr)
-    root = write_noise(tmp_path / "data")
-    return ["--data-path", root, *TOY, "-b", 2, "--epochs", 2, "--output-dir", tmp_path / "run"]
+    return toy_options(tmp_path, monkeypatch.setattr, "-b", 2, "--output-dir", tmp_path / "run")
 
 
 @pytest.fixture

@@ -13,15 +13,14 @@ from balanced_learning.training.data import dataset, image_check
 from balanced_learning.training.signals import EXIT_CODE, Stopped, StopSignals
 from examples import train_torchvision_libra
 from tests.training.toy import (
-    TOY,
     Toy,
     assert_same,
     at_steps,
-    put_toy_in,
     rows,
     run_processes,
     start,
     state_of,
+    toy_options,
     write_noise,
 )
 
@@ -31,9 +30,7 @@ SIGNALS = ["SIGTERM", "SIGINT", "SIGUSR1"]
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     """Two epochs of three steps."""
-    put_toy_in(monkeypatch.setattr)
-    root = write_noise(tmp_path / "data")
-    return ["--data-path", root, *TOY, "-b", 2, "--epochs", 2, "--ema", 0.5]
+    return toy_options(tmp_path, monkeypatch.setattr, "-b", 2, "--ema", 0.5)
 
 
 @pytest.fixture

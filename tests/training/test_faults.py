@@ -11,10 +11,8 @@ from balanced_learning.training.checkpoint import Checkpoint
 from balanced_learning.training.run import Run
 from balanced_learning.training.step import Stepper
 from tests.training.toy import (
-    TOY,
     assert_same,
     at_steps,
-    put_toy_in,
     rows,
     spoil_gradient,
     spoil_image,
@@ -23,16 +21,14 @@ from tests.training.toy import (
     start,
     state_of,
     stumble,
-    write_noise,
+    toy_options,
 )
 
 
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     """Two epochs of three steps."""
-    put_toy_in(monkeypatch.setattr)
-    root = write_noise(tmp_path / "data")
-    return ["--data-path", root, *TOY, "-b", 2, "--epochs", 2, "--ema", 0.5, "--output-dir", tmp_path / "run"]
+    return toy_options(tmp_path, monkeypatch.setattr, "-b", 2, "--ema", 0.5, "--output-dir", tmp_path / "run")
 
 
 @pytest.fixture

@@ -11,25 +11,21 @@ from balanced_learning.training.data.batching import share_of
 from balanced_learning.training.step import Stepper
 from tests.training.test_step import batch_of, make_run
 from tests.training.toy import (
-    TOY,
     assert_same,
     at_steps,
-    put_toy_in,
     rows,
     run_processes,
     spoil_image,
     start,
     state_of,
-    write_noise,
+    toy_options,
 )
 
 
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     """Two epochs of two steps of four images."""
-    put_toy_in(monkeypatch.setattr)
-    root = write_noise(tmp_path / "data", train=8)
-    return ["--data-path", root, *TOY, "--epochs", 2, "--ema", 0.5, "--output-dir", tmp_path / "run"]
+    return toy_options(tmp_path, monkeypatch.setattr, "--ema", 0.5, "--output-dir", tmp_path / "run", train=8)
 
 
 def learn(file):

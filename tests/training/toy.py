@@ -99,6 +99,12 @@ def put_toy_in(patch: Callable[[Any, str, Any], object]) -> None:
     patch(reports, "save_curves", lambda *_: None)
 
 
+def toy_options(folder: Path, patch: Callable[[Any, str, Any], object], *more: object, train: int = 6) -> list[Any]:
+    """The flags of two epochs of the toy on noise in the folder, in which it is put in place of what takes long."""
+    put_toy_in(patch)
+    return ["--data-path", write_noise(folder / "data", train), *TOY, "--epochs", 2, *more]
+
+
 def at_steps(*numbers: int, do: Callable[..., object]) -> Callable[..., None]:
     """For ``Toy.before``: calls ``do`` in these steps of the process, counted from 0, whenever they are tried."""
     steps: list[list[int]] = []

@@ -13,13 +13,12 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from balanced_learning import _torch_private
+from balanced_learning.training.signals import SIGNALS
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
-
-SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}
 
 
 def ignore_signals(worker: int) -> None:
