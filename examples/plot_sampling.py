@@ -24,8 +24,9 @@ from balanced_learning.detection.imbalance import (
     negative_iou_shares,
 )
 from balanced_learning.training import randomness
-from balanced_learning.training.command_line import make_parser, read_command_line
+from balanced_learning.training.command_line import read_command_line
 from balanced_learning.training.errors import UserError
+from balanced_learning.training.flags import make_parser
 from balanced_learning.training.inference import detector_and_images
 from balanced_learning.training.output_folder import find_folder
 from balanced_learning.training.reporting.figures import save_iou_shares, save_sampled_boxes
