@@ -96,6 +96,11 @@ class WeightedLoss(nn.Module):
         return self.weight * self.loss(input, target)
 
 
+def has_reduction(box_loss: object) -> bool:
+    """Whether it is a loss that says how it is reduced, for :func:`summed_loss`."""
+    return getattr(box_loss, "reduction", None) in ("none", "mean", "sum")
+
+
 def summed_loss(box_loss: nn.Module, input: Tensor, target: Tensor) -> Tensor:
     """The sum of a loss over all elements: what it is divided by is the model's affair, not the loss's."""
     if input.numel() == 0:
