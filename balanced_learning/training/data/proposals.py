@@ -53,7 +53,7 @@ class ProposalFile:
                 f"{printable(path)}: not finished, {left:,} of {len(rows):,} images have no proposals yet; the "
                 "--dump-proposals that began it goes on with it"
             )
-        return cls(path, rows, index)
+        return cls(path, np.asarray(rows), index)
 
     def __reduce__(self) -> Any:
         return ProposalFile.open, (self.path,)
@@ -104,7 +104,7 @@ class ProposalFile:
             )
 
 
-def map_rows(path: Path, *, to_fill: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def map_rows(path: Path, *, to_fill: bool = False) -> tuple[np.memmap, np.ndarray]:
     """Maps the rows of a file, and reads their index (split, image id and count, int64 [3, N]).
 
     Raises:
@@ -124,7 +124,7 @@ def map_rows(path: Path, *, to_fill: bool = False) -> tuple[np.ndarray, np.ndarr
     index = np.stack([rows[name].astype(np.int64) for name in ("split", "image_id", "count")])
     if fault := _find_fault_of_index(index, rows["scores"].shape[1]):
         raise UserError(f"{printable(path)}: damaged, {fault}")
-    return np.asarray(rows), index
+    return rows, index
 
 
 def _find_fault_of_file(rows: np.memmap, size: int) -> str | None:
