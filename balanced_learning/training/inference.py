@@ -24,6 +24,8 @@ from balanced_learning.training.optimization import Precision
 from balanced_learning.training.reporting.progress import Progress
 from balanced_learning.training.weights import choose_labels
 
+NEEDS_PROPOSALS = "libra_fastrcnn"
+
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Any:
     """Loads the detector of a checkpoint of the training program.
@@ -40,9 +42,14 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Any:
         ``[3, H, W]`` in [0, 1] and returns torchvision's detections. Its ``categories`` is a dict from label to name.
 
     Raises:
-        UserError: if the file is no checkpoint of the training program.
+        UserError: if the file is no checkpoint of the training program, or is one of a detector that needs proposals.
     """
     checkpoint = Checkpoint.load(Path(path))
+    if checkpoint.config.model.model == NEEDS_PROPOSALS:
+        raise UserError(
+            f"{printable(path)}: of a Fast R-CNN, which finds nothing in images alone: it needs proposals, and is "
+            "evaluated with --test-only --proposals FILE"
+        )
     detector = make_model(checkpoint.config, checkpoint.labels, checkpoint.averaged())
     detector.categories = checkpoint.labels.names
     return detector.to(device).eval()
@@ -67,7 +74,6 @@ def detector_and_images(config: Config, checkpoint: Checkpoint | None) -> tuple[
     return detector.to(device).eval(), DetectionDataset(train, labels.label_of, positions)
 
 
-@torch.inference_mode()
 def predict(
     model: nn.Module,
     loader: DetectionLoader,
@@ -75,24 +81,40 @@ def predict(
     print_freq: int,
     after_batch: Callable[[Batch | None], None] = lambda _: None,
 ) -> dict[int, dict[str, Tensor]]:
-    """Returns the detections of each image by its id, of all processes, on the CPU.
+    """Returns the detections of each image by its id, of all processes, on the CPU; for the rest see :func:`detect`."""
+    progress = Progress("evaluation", print_freq, is_main=distributed.is_main())
+    return distributed.union_over_processes(dict(detect(model, loader, precision, progress, after_batch)))
+
+
+@torch.inference_mode()
+def detect(
+    model: nn.Module,
+    loader: DetectionLoader,
+    precision: Precision,
+    progress: Progress,
+    after_batch: Callable[[Batch | None], None],
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yields the id and the detections of each image of this process, on the CPU.
+
+    A detector that takes its proposals from the targets gets these, too.
 
     ``after_batch`` is called equally often on every process: with ``None`` where it has no batch left.
     """
     model.eval()
-    progress = Progress("evaluation", print_freq, is_main=distributed.is_main())
     rounds = max(distributed.gather(len(loader)))
-    detections = {}
+    needs_targets = loader.dataset.proposals is not None
     with closing(iter(loader)) as batches:
         for batch in progress.over(batches, len(loader), images=distributed.world_size()):
-            with precision():
-                outputs = model(batch.to(precision.device).images) if batch.images else []
+            outputs = []
+            if batch.images:
+                on_device = batch.to(precision.device)
+                with precision():
+                    outputs = model(on_device.images, *([on_device.targets] if needs_targets else []))
             for image_id, output in zip(batch.image_ids(), outputs, strict=True):
-                detections[image_id] = {name: value.float().cpu() for name, value in output.items()}
+                yield image_id, {name: value.float().cpu() for name, value in output.items()}
             after_batch(batch)
     for _ in range(rounds - len(loader)):
         after_batch(None)
-    return distributed.union_over_processes(detections)
 
 
 class Prediction(NamedTuple):

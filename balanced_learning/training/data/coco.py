@@ -23,6 +23,8 @@ from balanced_learning.training.errors import UserError, warn
 
 Entry = dict[str, Any]
 
+NAMES = ("train2017", "val2017")  # of the halves
+
 
 @dataclass(frozen=True)
 class Split:
@@ -42,6 +44,11 @@ class Split:
     categories: dict[int, str]
     columns: Columns
     causes: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """``train2017`` or ``val2017``."""
+        return self.image_dir.name
 
     @property
     def images(self) -> Sequence[Entry]:

@@ -10,13 +10,11 @@ import torch
 from balanced_learning.training import distributed
 from balanced_learning.training.config import Config, ModelConfig
 from balanced_learning.training.data.augmentation import fault_when_resized
-from balanced_learning.training.data.coco import Split, read_split
+from balanced_learning.training.data.coco import NAMES, Split, read_split
 from balanced_learning.training.data.left_out import Cause
 from balanced_learning.training.data.report import decode_all, describe
 from balanced_learning.training.data.shapes import shapes_dataset
 from balanced_learning.training.errors import UserError, printable, warn
-
-NAMES = ("train2017", "val2017")
 
 
 def read_splits(config: Config) -> tuple[Split, Split]:
