@@ -60,6 +60,11 @@ def test_of_no_negatives_nothing_is_chosen():
         assert interval_shares(ious, torch.tensor([0.0, 0.2, 0.4])).tolist() == [0, 0]
 
 
+def test_intervals_are_closed_below_and_the_outermost_open():
+    ious = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
+    assert interval_shares(ious, torch.tensor([0.1, 0.25, 0.5, 0.75])).tolist() == pytest.approx([2 / 6, 1 / 6, 3 / 6])
+
+
 @pytest.mark.parametrize(
     "sampler",
     [
@@ -138,6 +143,8 @@ def test_box_errors_of_a_training_step_give_its_loss(build, images, targets, bas
     stock: nn.Module = nn.L1Loss() if basic_kind == "retinanet" else nn.SmoothL1Loss(beta=1 / 9)
     loss = stock if parts is None else BalancedL1Loss(beta=0.11 if basic_kind == "retinanet" else 1.0)
     loss.reduction = "sum"
+    if basic_kind == "retinanet":
+        nn.init.normal_(model.head.regression_head.bbox_reg.weight, std=0.1)  # at first it predicts next to nothing
     model.backbone.register_forward_hook(lambda *_: torch.manual_seed(1) and None)  # behind it, chance samples
     losses = model.train()(images[:1], targets[:1])
     errors = box_errors(model.eval(), images[:1], targets[:1])

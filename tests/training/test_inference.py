@@ -98,4 +98,4 @@ def test_what_is_measured_says_whose_weights_it_rests_on(tmp_path):
     config = config_of("--data-path", "-", *SMALL)
     assert origin_of_weights(config, Checkpoint.load(path)) == f"weights of {path}, after 1 of 1 epochs"
     assert "untrained" in origin_of_weights(config, None)
-    assert "--weights DEFAULT" in origin_of_weights(config_of("--data-path", "-", *SMALL, "--weights", "DEFAULT"), None)
+    assert "of --weights DEFAULT" in origin_of_weights(config_of("--data-path", "-", "--weights", "DEFAULT"), None)
