@@ -123,6 +123,8 @@ def _settled(config: Config) -> Config:
         raise UserError(
             "--sync-bn: not with --accumulation-steps; processes have other numbers of parts of a short batch"
         )
+    if model.sync_bn and config.conventions.norm == "frozen_statistics" and not model.small:
+        raise UserError("--sync-bn: not with --norm frozen_statistics, which no process changes")
     for name in ("test_only", "check_data", "replay", "dump_proposals"):
         if run.dry_run and getattr(run, name):
             raise UserError(f"--dry-run: it trains; leave {flag_of(name)} out")
