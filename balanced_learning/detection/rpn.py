@@ -44,11 +44,15 @@ class LibraRPN(BalancedStage, RegionProposalNetwork):
         sizes = zip(anchors, anchors.image_sizes, strict=True)
         beyond = [reaches_beyond(image, size, border) for image, size in sizes]
         inside = [image.masked_fill(far[:, None], 0) for image, far in zip(anchors, beyond, strict=True)]
-        matches = match(self.box_similarity, self.proposal_matcher, inside, gt_boxes, is_object)
+        # The best of a ground truth that no anchor overlaps would be all of them; so each has a speck of its own.
+        centers = [(image[:, :2] + image[:, 2:]) / 2 for image in gt_boxes]
+        specks = [torch.cat([center, center + 2**-8], dim=1) for center in centers]
+        candidates = [torch.cat(pair) for pair in zip(inside, specks, strict=True)]
+        found = match(self.box_similarity, self.proposal_matcher, candidates, gt_boxes, is_object)
+        columns = (found, found.ious, found.matched_idxs, found.matched_boxes)
+        matches = Matches(*([of[: len(image)] for of, image in zip(c, anchors, strict=True)] for c in columns))
         for i, far in enumerate(beyond):
-            # The best of a ground truth that none of them overlaps would be all anchors.
-            is_apart = (matches.ious[i] == 0) & (matches[i] > 0)
-            matches[i] = matches[i].masked_fill(is_apart, 0).masked_fill(far, -1)
+            matches[i] = matches[i].masked_fill(far, -1)
         return matches
 
     @torch.jit.unused
@@ -58,6 +62,8 @@ class LibraRPN(BalancedStage, RegionProposalNetwork):
         """As torchvision's, with ``box_loss``."""
         positive, negative = (torch.where(torch.cat(masks))[0] for masks in self.fg_bg_sampler(labels))
         sampled = torch.cat([positive, negative])
+        if sampled.numel() == 0:  # all anchors are beyond the border: nothing to average over
+            return objectness.flatten()[sampled].sum(), pred_bbox_deltas[sampled].sum()
         box_loss = summed_loss(self.box_loss, pred_bbox_deltas[positive], torch.cat(regression_targets)[positive])
         is_object = torch.cat(labels)[sampled]
         objectness_loss = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], is_object)
