@@ -5,6 +5,7 @@
     python examples/train_torchvision_libra.py --data-path coco --dry-run       # all that a run does, for a minute
     python examples/train_torchvision_libra.py --data-path coco         # full COCO on one GPU
     torchrun --standalone --nproc-per-node 8 examples/train_torchvision_libra.py --data-path coco         # and on eight
+    python examples/train_torchvision_libra.py --list-recipes           # settings of the paper's tables, for --recipe
     python examples/train_torchvision_libra.py --resume runs/.../checkpoint.pth           # goes on as it began
 
 With --output-dir FOLDER --resume auto the same command starts a run and goes on with it. SIGTERM, SIGINT (Ctrl-C) and
@@ -28,6 +29,7 @@ from balanced_learning.training.data.batching import DetectionLoader, make_loade
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.data.splits import read_splits
 from balanced_learning.training.dry_run import dry_run
+from balanced_learning.training.dumping import dump
 from balanced_learning.training.endings import ends_in_one_line
 from balanced_learning.training.evaluation import Evaluation, detections_per_image, evaluate_detections
 from balanced_learning.training.files import write_or_warn
@@ -65,6 +67,8 @@ def start(config: Config, checkpoint: Checkpoint | None, signals: StopSignals) -
         print(replay(checkpoint, make_model(config, checkpoint.labels, checkpoint).to(device), precision))
     elif config.run.check_data:
         read_data(config, checkpoint, device)
+    elif config.run.dump_proposals:
+        dump(config, config.run.dump_proposals, checkpoint, precision, signals)
     else:
         together = signals.deferred() if distributed.world_size() > 1 else nullcontext()  # where they ask each other
         with together, run_folder(config, checkpoint) as settled:
