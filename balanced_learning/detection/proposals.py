@@ -34,7 +34,7 @@ def first_stage(model: FasterRCNN) -> FasterRCNN:
     """
     rpn: Any = _rpn_of(model)
     rpn.__class__ = ScoredLibraRPN if isinstance(rpn, LibraRPN) else ScoredRPN
-    model.roi_heads = ProposalsOnly()
+    model.roi_heads = ProposalsOnly().train(model.training)
     return model
 
 
@@ -55,7 +55,7 @@ def second_stage(model: FasterRCNN) -> FasterRCNN:
         TypeError: for a model of another type, or with another first stage.
     """
     _rpn_of(model)
-    model.rpn = GivenProposals()
+    model.rpn = GivenProposals().train(model.training)
     model.transform.register_forward_hook(_resize_proposals)  # which any other class of transform will run
     return model
 
