@@ -1,6 +1,7 @@
 import math
 import os
 import signal
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -143,6 +144,26 @@ def test_what_is_done_before_a_kill_is_not_done_again(root, tmp_path):
     everything, log = ((tmp_path / name).read_text().split() for name in ("all", "log"))
     assert log == [*everything[:5], *everything[4:9], *everything[8:]]  # twice what a kill cut off
     assert (tmp_path / "p.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+def test_a_row_is_on_the_disk_before_it_counts_as_done(root, tmp_path, monkeypatch):
+    """Whatever a power cut leaves: between two flushes, any of what was written."""
+    on_disk = []
+    flush = np.memmap.flush
+
+    def look(rows):
+        on_disk.append(rows.copy())
+        flush(rows)
+
+    monkeypatch.setattr(proposal_writer, "FLUSH_SECONDS", 0)
+    monkeypatch.setattr(np.memmap, "flush", look)
+    dump(root, tmp_path / "p.npy")
+    assert len(on_disk) > 11
+    for before, after in pairwise(on_disk):
+        for row in np.flatnonzero(after["count"] >= 0):
+            assert np.array_equal(before["boxes"][row], after["boxes"][row])
+            assert np.array_equal(before["scores"][row], after["scores"][row])
+    assert (on_disk[-1]["count"] >= 0).all()
 
 
 def test_processes_share_the_images_and_stop_together(root, tmp_path):

@@ -1,15 +1,21 @@
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from torchvision.models import WeightsEnum, resnet50
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
 from balanced_learning.training import load_detector
 from balanced_learning.training.checkpoint import Checkpoint, save
+from balanced_learning.training.data.batching import DetectionLoader, OneByOne
+from balanced_learning.training.data.coco import read_split
+from balanced_learning.training.data.dataset import DetectionDataset
 from balanced_learning.training.data.labels import Labels
+from balanced_learning.training.data.proposals import ProposalFile, row_type
 from balanced_learning.training.errors import UserError
-from balanced_learning.training.inference import detector_and_images, origin_of_weights
+from balanced_learning.training.inference import detector_and_images, origin_of_weights, predict
 from balanced_learning.training.model import build_model, make_model
-from balanced_learning.training.optimization import make_average
+from balanced_learning.training.optimization import Precision, make_average
 from examples import train_torchvision_libra
 from tests.training.coco_data import add_images
 from tests.training.small import FIRST_EPOCH, SMALL, config_of, save_untrained
@@ -99,3 +105,28 @@ def test_what_is_measured_says_whose_weights_it_rests_on(tmp_path):
     assert origin_of_weights(config, Checkpoint.load(path)) == f"weights of {path}, after 1 of 1 epochs"
     assert "untrained" in origin_of_weights(config, None)
     assert "of --weights DEFAULT" in origin_of_weights(config_of("--data-path", "-", "--weights", "DEFAULT"), None)
+
+
+class Sees(nn.Module):
+    """Remembers what it is called with, and finds what is proposed."""
+
+    def forward(self, images, targets=None):
+        self.targets = targets
+        return [{"boxes": target["proposals"]} for target in targets] if targets else [{} for _ in images]
+
+
+@pytest.mark.parametrize("has_proposals", [False, True])
+def test_a_detector_is_given_the_proposals_of_its_data_alone(coco_root, tmp_path, has_proposals):
+    rows = np.zeros(1, row_type(2))
+    rows["split"], rows["image_id"], rows["count"], rows["boxes"][:, 0] = 1, 21, 1, [4, 4, 34, 24]
+    np.save(tmp_path / "p.npy", rows)
+    proposals = ProposalFile.open(tmp_path / "p.npy") if has_proposals else None
+    images = DetectionDataset(read_split(coco_root, "val2017"), {90: 1, 3: 2}, proposals=proposals)
+    loader = DetectionLoader(images, OneByOne(1), 0, torch.device("cpu"))
+    detector = Sees()
+    found = predict(detector, loader, Precision(None, torch.device("cpu")), 20)
+    if has_proposals:
+        assert found[21]["boxes"].tolist() == [[4, 4, 34, 24]]
+    else:
+        assert found == {21: {}}
+        assert detector.targets is None

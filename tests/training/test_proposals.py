@@ -158,6 +158,16 @@ def test_what_is_no_box_is_an_error_when_it_is_read(coco_root, file, bad):
     assert isinstance(error, UserError)
 
 
+@pytest.mark.parametrize("beyond", [[0, 0, 65.5, 4], [0, 0, 4, 49.5], [-1.5, 0, 4, 4]])
+def test_proposals_of_other_images_are_found_by_their_size(coco_root, file, beyond):
+    write(file, {(0, 11): [TRUTH, beyond], (0, 12): [[-0.5, 0, 64.5, 48.5]]})
+    images = dataset_of(coco_root, file)
+    with pytest.raises(UserError, match="image 11 of train2017: proposals reach beyond it, which has 64 x 48 pixels"):
+        images[0]
+    assert images[1][1]["proposals"].tolist() == [[0, 0, 64, 48]]
+    assert len(dataset_of(coco_root, file, max_proposals=1)[0][1]["proposals"]) == 1
+
+
 def test_a_split_needs_proposals_for_the_images_that_are_used(coco_root, file):
     split = read_split(coco_root, "train2017")
     proposals = ProposalFile.open(write(file, {(0, 12): [], (1, 11): []}))

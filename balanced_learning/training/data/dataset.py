@@ -164,8 +164,9 @@ class DetectionDataset(Dataset):
         """The proposals for an image as they are in the file."""
         if self.proposals is None:
             return None
-        image_id = int(self.split.columns.image_ids[self.positions[index]])
-        return self.proposals.boxes(self.split.name, image_id, self.max_proposals)
+        columns, position = self.split.columns, int(self.positions[index])
+        size = int(columns.widths[position]), int(columns.heights[position])
+        return self.proposals.boxes(self.split.name, int(columns.image_ids[position]), self.max_proposals, size)
 
     def __getitems__(self, share: Share) -> Batch | UserError:
         """Returns a batch, or the error: raised in a loader process, it would lose its type."""

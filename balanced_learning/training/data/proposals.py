@@ -63,20 +63,23 @@ class ProposalFile:
         """The most proposals that an image can have."""
         return int(self.rows["scores"].shape[1])
 
-    def boxes(self, split: str, image_id: int, limit: int | None = None) -> np.ndarray:
+    def boxes(
+        self, split: str, image_id: int, limit: int | None = None, size: tuple[int, int] | None = None
+    ) -> np.ndarray:
         """The best proposals for an image, float32 [P, 4], xyxy in pixels of the upright image: a view of the map.
 
         Args:
             split: ``"train2017"`` or ``"val2017"``.
             image_id: of the image.
             limit: how many at most.
+            size: width and height of the image, if they are to be boxes in it.
 
         Raises:
-            UserError: if there are none, or they are no boxes.
+            UserError: if the image is not in the file, or they are no boxes, or none in the image.
         """
         row = self._find(split, image_id)
         boxes: np.ndarray = self.rows["boxes"][row, : self.index[2, row]][:limit]
-        if fault := find_fault(boxes):
+        if fault := find_fault(boxes, size):
             raise UserError(f"{printable(self.path)}: image {image_id} of {split}: {fault}")
         return boxes
 
@@ -146,10 +149,12 @@ def _find_fault_of_index(index: np.ndarray, limit: int) -> str | None:
     return f"row {row} cannot be split {split[row]}, image {image_ids[row]} with {counts[row]} of {limit} proposals"
 
 
-def find_fault(boxes: np.ndarray) -> str | None:
-    """Says which of some boxes [P, 4] is none, if there is one."""
-    are_boxes = np.isfinite(boxes).all(1) & (boxes[:, 2:] >= boxes[:, :2]).all(1)
-    if are_boxes.all():
-        return None
-    number = int(are_boxes.argmin())
-    return f"proposal {number} is no box: {boxes[number].tolist()}"
+def find_fault(boxes: np.ndarray, size: tuple[int, int] | None = None) -> str | None:
+    """Says which of some boxes [P, 4] is none, if there is one, or that some lie beyond an image of this size."""
+    are_ordered = boxes[:, 2:] >= boxes[:, :2]
+    if not (are_ordered.all() and np.isfinite(boxes).all()):
+        number = int((are_ordered.all(1) & np.isfinite(boxes).all(1)).argmin())
+        return f"proposal {number} is no box: {boxes[number].tolist()}"
+    if size and len(boxes) and (boxes.min() < -1 or (boxes[:, 2:].max(0) > np.add(size, 1)).any()):
+        return f"proposals reach beyond it, which has {size[0]} x {size[1]} pixels; they are of other images"
+    return None
