@@ -12,6 +12,7 @@ from examples import train_torchvision_libra
 
 NAMES = [line.split()[0] for line in list_recipes().splitlines()]
 TOY = ["--small", "--min-size", "64", "--max-size", "96", "--limit", "4", "--limit-batches", "1", "-b", "2", "-j", "0"]
+TOY += ["--lr-scheduler", "multisteplr"]  # which leaves the number of epochs open
 
 
 @pytest.fixture(scope="module")
