@@ -17,6 +17,7 @@ from .necks import add_necks, check_path, check_pyramid
 from .retinanet import LibraRetinaNetRegressionHead
 from .roi_heads import LibraRoIHeads
 from .rpn import LibraRPN
+from .stages import has_reduction
 
 Detector = TypeVar("Detector", FasterRCNN, RetinaNet)
 Module = TypeVar("Module", bound=nn.Module)
@@ -144,7 +145,7 @@ def _check(
         raise TypeError(f"sampler must be True, False or an IoUBalancedSampler, got {sampler!r}")
     if not isinstance(pyramid, bool | nn.Module):
         raise TypeError(f"pyramid must be True, False or a BalancedFeaturePyramid, got {pyramid!r}")
-    if not isinstance(box_loss, bool | nn.Module) or (box_loss not in (True, False) and not _has_reduction(box_loss)):
+    if not isinstance(box_loss, bool | nn.Module) or (box_loss not in (True, False) and not has_reduction(box_loss)):
         raise TypeError(
             f"box_loss must be True, False or a loss with a reduction of 'none', 'mean' or 'sum', got {box_loss!r}"
         )
@@ -175,7 +176,3 @@ def _check(
         check_pyramid(model, pyramid)
     if path_aggregation is not False:
         check_path(model, path_aggregation)
-
-
-def _has_reduction(box_loss: object) -> bool:
-    return getattr(box_loss, "reduction", None) in ("none", "mean", "sum")

@@ -11,18 +11,49 @@ import numpy as np
 import torch
 from torch import nn
 
+from balanced_learning.detection.proposals import first_stage
 from balanced_learning.training import distributed
+from balanced_learning.training.checkpoint import Checkpoint
+from balanced_learning.training.config import Config
 from balanced_learning.training.data.batching import DetectionLoader, OneByOne
 from balanced_learning.training.data.coco import Split
 from balanced_learning.training.data.dataset import DetectionDataset
 from balanced_learning.training.data.proposal_writer import ProposalWriter, begin, finish
 from balanced_learning.training.data.proposals import NOT_DONE
+from balanced_learning.training.data.splits import read_splits
 from balanced_learning.training.errors import SharedError
 from balanced_learning.training.exchange import Exchange
 from balanced_learning.training.inference import detect
+from balanced_learning.training.model import make_model, prepare
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.reporting.progress import Progress
 from balanced_learning.training.signals import StopSignals
+from balanced_learning.training.weights import choose_labels
+
+
+def dump(config: Config, path: Path, checkpoint: Checkpoint | None, precision: Precision, signals: StopSignals) -> None:
+    """Writes the proposals of the first stage that the settings name, for all images of their data.
+
+    Raises:
+        UserError, Stopped: as :func:`dump_proposals`.
+    """
+    splits = read_splits(config)
+    labels = choose_labels(config, splits[0], checkpoint)
+    model = make_model(config, labels, checkpoint and checkpoint.averaged()).eval()
+    if config.model.model != "libra_rpn":
+        first_stage(model)
+    dump_proposals(
+        prepare(model, config.model, precision.device),
+        precision,
+        path,
+        splits,
+        signals,
+        settings=vars(config.model) | vars(config.conventions),
+        workers=config.data.workers,
+        max_unreadable=config.data.max_unreadable,
+        print_freq=config.run.print_freq,
+        limit=model.rpn.post_nms_top_n(),
+    )
 
 
 def dump_proposals(

@@ -158,17 +158,16 @@ def make_loaders(
     train: Split,
     val: Split,
     labels: Labels,
-    proposals: ProposalFile | None = None,
-    max_proposals: int = 1000,
 ) -> tuple[DetectionLoader, DetectionLoader]:
     """The loaders of this process's share of the images to train on, and of those to evaluate.
 
-    With a file of proposals, both have the best ``max_proposals`` of each image in its target.
+    With a file of proposals, targets have those of their image.
 
     Raises:
-        UserError: if there is nothing to train on, or there are no proposals for an image.
+        UserError: if there is nothing to train on, or the file cannot be read or lacks an image.
     """
     data, seed = config.data, config.training.seed
+    proposals = ProposalFile.open(data.proposals) if data.proposals else None
     positions = np.arange(len(train.images)) if data.keep_empty else np.flatnonzero(train.has_boxes())
     if not len(positions):
         why = count_in_words(train.causes)
@@ -191,14 +190,14 @@ def make_loaders(
         seed,
         "raise" if data.strict_data else "replace",
         proposals,
-        max_proposals,
+        data.max_proposals,
     )
     val_set = DetectionDataset(
         val,
         labels.label_of,
         unreadable="raise" if data.strict_data else "leave out",
         proposals=proposals,
-        max_proposals=max_proposals,
+        max_proposals=data.max_proposals,
     )
     images = OneByOne(len(val_set), rank=rank, world_size=world_size)
     return (

@@ -90,6 +90,13 @@ class Split:
         entry = self.images[position]
         return load_image(self.image_dir / entry["file_name"], (entry["width"], entry["height"]))
 
+    def as_one_category(self) -> "Split":
+        """The same split for detectors that tell objects from the background alone."""
+        category_ids = np.ones_like(self.columns.category_ids)
+        return replace(
+            self, categories={1: "object"}, columns=replace(self.columns, category_ids=category_ids, folder=None)
+        )
+
     def first(self, count: int) -> "Split":
         """The same split with its first images alone."""
         columns = self.columns.first(count)

@@ -23,6 +23,8 @@ def read_splits(config: Config) -> tuple[Split, Split]:
     With ``limit_batches``, the images to evaluate are the first ones, as many as its batches of all processes hold.
     With ``check_data``, every image is decoded, and a report is printed.
 
+    For an RPN alone, all categories are one.
+
     Raises:
         UserError: for whatever makes training or evaluation impossible.
     """
@@ -43,6 +45,8 @@ def read_splits(config: Config) -> tuple[Split, Split]:
     _tell_unlearned_categories(train, val)
     if config.run.limit_batches is not None:
         val = val.first(config.run.limit_batches * distributed.world_size())
+    if config.model.model == "libra_rpn":
+        return train.as_one_category(), val.as_one_category()
     return train, val
 
 

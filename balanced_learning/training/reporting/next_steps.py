@@ -8,6 +8,7 @@ from typing import Any
 
 from balanced_learning.training.checkpoint import BEST, NEWEST
 from balanced_learning.training.config import Config
+from balanced_learning.training.evaluation import key_metric
 
 
 def next_steps(config: Config, rows: list[dict[str, Any]], programs: Path, images: Path) -> str:
@@ -23,8 +24,10 @@ def next_steps(config: Config, rows: list[dict[str, Any]], programs: Path, image
     checkpoint, row = folder / NEWEST, rows[-1]
     if (folder / BEST).exists():  # not where a run went on in a new folder and grew no better
         checkpoint = folder / BEST
-        row = max((row for row in rows if row.get("AP") is not None), key=lambda row: row["AP"])
-    reached = ", ".join(f"{name} {100 * row[name]:.1f}" for name in ("AP", "AP50") if row.get(name) is not None)
+        key = key_metric(row)
+        row = max((row for row in rows if row.get(key) is not None), key=lambda row: row[key])
+    names = dict.fromkeys([key_metric(row), "AP", "AP50"])
+    reached = ", ".join(f"{name} {100 * row[name]:.1f}" for name in names if row.get(name) is not None)
     pictures = f"{folder / 'curves.png'} and evaluation_{row['epoch']:02}.png"
     commands: dict[str, list[str | Path]] = {"to detect in images": ["predict.py", checkpoint, images]}
     if config.model.sampler and config.model.model == "libra_fasterrcnn":
