@@ -13,6 +13,7 @@ from torchvision.transforms.v2.functional import to_dtype, to_image
 from balanced_learning.training import distributed
 from balanced_learning.training.data import proposal_writer
 from balanced_learning.training.data.coco import NAMES, read_split
+from balanced_learning.training.data.proposal_writer import ProposalWriter
 from balanced_learning.training.data.proposals import ProposalFile
 from balanced_learning.training.dumping import dump_proposals
 from balanced_learning.training.endings import ends_in_one_line
@@ -166,6 +167,15 @@ def test_a_row_is_on_the_disk_before_it_counts_as_done(root, tmp_path, monkeypat
     assert (on_disk[-1]["count"] >= 0).all()
 
 
+def test_a_row_that_was_begun_is_filled_anew(root, tmp_path):
+    begun = proposal_writer.begin(tmp_path / "p.npy", [read_split(root, "train2017")], LIMIT, "0")
+    with ProposalWriter(begun) as writer:
+        writer.put(2, np.full((5, 4), 3), np.ones(5))
+        writer.put(2, np.full((1, 4), 2), np.ones(1))
+        row = writer.rows[2]
+        assert (row["boxes"].sum(), row["scores"].sum()) == (8, 1)
+
+
 def test_processes_share_the_images_and_stop_together(root, tmp_path):
     dump(root, tmp_path / "whole.npy")
     stopped = run_processes(2, tmp_path / "said", dump_until, root, tmp_path, 3, signal.SIGTERM, 1)
@@ -176,6 +186,22 @@ def test_processes_share_the_images_and_stop_together(root, tmp_path):
     assert [each.code for each in ended] == [0] * 3
     assert (tmp_path / "p.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
     assert len((tmp_path / "log").read_text().split()) == 11
+
+
+def test_processes_hear_of_the_last_image_that_cannot_be_read(root, tmp_path):
+    ended = run_processes(2, tmp_path / "said", dump_without_the_last, root, tmp_path)
+    assert [each.code for each in ended] == [1, 1]
+    assert "11.png is missing" in ended[0].err
+    assert "error: 1 images cannot be read, more than --max-unreadable 0" in ended[0].err
+
+
+def dump_without_the_last(root, folder):
+    distributed.start("cpu", "env://")
+    splits = [read_split(root, name) for name in NAMES]
+    distributed.barrier()
+    (root / "val2017" / "11.png").unlink(missing_ok=True)
+    with ends_in_one_line():
+        dump(splits, folder / "p.npy")
 
 
 def dump_until(root, folder, images, number, rank=0):
