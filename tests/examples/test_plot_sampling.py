@@ -7,6 +7,7 @@ from balanced_learning.detection.imbalance import interval_edges, interval_share
 from examples import plot_sampling, train_torchvision_libra
 from tests.training.coco_data import add_images
 from tests.training.small import SMALL
+from tests.training.test_proposals import write
 
 
 def test_the_table_tells_how_much_is_above_a_low_iou_and_of_how_many():
@@ -62,9 +63,9 @@ def test_real_images(real_data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "libra_retinanet"], "--model libra_retinanet: it trains on all anchors"),
+        (["--model", "libra_retinanet"], "--model libra_retinanet: it has no second stage"),
+        (["--model", "libra_rpn"], "--model libra_rpn: it has no second stage"),
         (["--no-sampler"], "--no-sampler: there is no IoU-balanced sampling to draw"),
-        (["--batches", "0"], "--batches 0: must be at least 1"),
     ],
 )
 def test_what_cannot_be_drawn_is_named(coco_root, tmp_path, options, message):
@@ -78,3 +79,11 @@ def test_a_trained_baseline_is_drawn_with_another_batch_size(coco_root, tmp_path
     plot_sampling.main(["--resume", str(tmp_path / "checkpoint.pth"), "-b", "1", "--sampler"])
     assert (tmp_path / "sampling_ious.png").exists()
     assert f"2 training images; weights of {tmp_path}/checkpoint.pth, after 1 of 1 epochs" in capsys.readouterr().out
+
+
+def test_a_fast_rcnn_is_measured_on_the_proposals_it_is_given(coco_root, tmp_path, capsys):
+    boxes = [[5, 5, 34, 24], [0, 0, 40, 40], [30, 20, 60, 40]]
+    file = write(tmp_path / "proposals.npy", {(0, 11): boxes, (0, 12): boxes})
+    options = ["--data-path", str(coco_root), *SMALL, "--model", "libra_fastrcnn", "--proposals", str(file)]
+    plot_sampling.main([*options, "--output-dir", str(tmp_path)])
+    assert "number             4             2             4             4" in capsys.readouterr().out
