@@ -6,7 +6,8 @@
 Takes the options of the training script, and some batches of its training images. Prints the share of the negatives in
 each interval of IoU, and above IoU 0.05 beside what the paper says of COCO; writes sampling_ious.png and
 sampling_boxes.png to the output folder. Hard negatives are those that the model takes for objects most; they mean
-something for trained weights only. Where an image has few more negatives than are sampled, all samplers take the same.
+something for trained weights only. Where an image has few more negatives than are sampled, all samplers take the same;
+a --small detector has more with --rpn-pre-nms-top-n-train 1000 --rpn-post-nms-top-n-train 1000.
 """
 
 import argparse

@@ -17,7 +17,8 @@ def test_the_curves_need_neither_data_nor_detector(tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(
     "options", [[], ["--no-sampler", "--no-box-loss", "--no-pyramid"], ["--model", "libra_retinanet"]]
 )
-def test_a_detector_is_measured_under_each_loss(coco_root, tmp_path, capsys, options):
+def test_a_detector_is_measured_under_each_loss(coco_root, tmp_path, capsys, monkeypatch, options):
+    monkeypatch.setattr(plot_loss, "save_losses", lambda *_: None)
     options = ["--data-path", str(coco_root), *SMALL, "--output-dir", str(tmp_path), *options]
     plot_loss.main([*options, "--alphas", "0.5", "--gammas", "1", "1.5", "--beta", "0.05", "--batches", "1"])
     _, origin, inliers, _, *rows, paper, _ = capsys.readouterr().out.splitlines()
@@ -75,7 +76,8 @@ def test_bad_numbers_are_named(tmp_path, capsys, options, message):
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: argument {message}")
 
 
-def test_a_fast_rcnn_is_measured_on_the_proposals_it_is_given(coco_root, tmp_path, capsys):
+def test_a_fast_rcnn_is_measured_on_the_proposals_it_is_given(coco_root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plot_loss, "save_losses", lambda *_: None)
     boxes = [[5, 5, 34, 24], [0, 0, 40, 40], [30, 20, 60, 40]]
     file = write(tmp_path / "proposals.npy", {(0, 11): boxes, (0, 12): boxes})
     options = ["--data-path", str(coco_root), *SMALL, "--model", "libra_fastrcnn", "--proposals", str(file)]

@@ -10,6 +10,13 @@ from tests.training.small import SMALL
 from tests.training.test_proposals import write
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves the pictures out."""
+    monkeypatch.setattr(plot_sampling, "save_iou_shares", lambda *_: None)
+    monkeypatch.setattr(plot_sampling, "save_sampled_boxes", lambda *_: None)
+
+
 def test_the_table_tells_how_much_is_above_a_low_iou_and_of_how_many():
     edges = torch.tensor([0.0, 0.25, 0.5])
     negatives = {
@@ -39,11 +46,11 @@ def test_it_prints_a_table_and_draws_two_pictures(coco_root, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("batches", "num_images"), [(2, 4), (99, 5)])
-def test_as_many_batches_are_measured_as_asked_for(coco_root, tmp_path, capsys, monkeypatch, batches, num_images):
+def test_as_many_batches_are_measured_as_asked_for(
+    coco_root, tmp_path, capsys, monkeypatch, undrawn, batches, num_images
+):
     add_images(coco_root, "train", 3)
     sizes = []
-    monkeypatch.setattr(plot_sampling, "save_iou_shares", lambda *_: None)
-    monkeypatch.setattr(plot_sampling, "save_sampled_boxes", lambda *_: None)
     match = plot_sampling.match_proposals
     monkeypatch.setattr(plot_sampling, "match_proposals", lambda *args: [sizes.append(len(args[1])), match(*args)][1])
     options = ["--data-path", str(coco_root), *SMALL, "--output-dir", str(tmp_path), "--batches", str(batches)]
@@ -81,7 +88,7 @@ def test_a_trained_baseline_is_drawn_with_another_batch_size(coco_root, tmp_path
     assert f"2 training images; weights of {tmp_path}/checkpoint.pth, after 1 of 1 epochs" in capsys.readouterr().out
 
 
-def test_a_fast_rcnn_is_measured_on_the_proposals_it_is_given(coco_root, tmp_path, capsys):
+def test_a_fast_rcnn_is_measured_on_the_proposals_it_is_given(coco_root, tmp_path, capsys, undrawn):
     boxes = [[5, 5, 34, 24], [0, 0, 40, 40], [30, 20, 60, 40]]
     file = write(tmp_path / "proposals.npy", {(0, 11): boxes, (0, 12): boxes})
     options = ["--data-path", str(coco_root), *SMALL, "--model", "libra_fastrcnn", "--proposals", str(file)]
