@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from balanced_learning.training.data.proposals import ProposalFile
 
+from balanced_learning.training.data.proposals import ProposalFile
 from balanced_learning.training.recipe import list_recipes
 from examples import train_torchvision_libra
 
