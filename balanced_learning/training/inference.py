@@ -18,14 +18,13 @@ from balanced_learning.training.data.batching import DetectionLoader
 from balanced_learning.training.data.dataset import Batch, DetectionDataset
 from balanced_learning.training.data.image_files import ImageFiles
 from balanced_learning.training.data.labels import class_name
+from balanced_learning.training.data.proposals import ProposalFile
 from balanced_learning.training.data.splits import read_splits
 from balanced_learning.training.errors import UserError, printable
 from balanced_learning.training.model import make_model
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.reporting.progress import Progress
 from balanced_learning.training.weights import choose_labels
-
-NEEDS_PROPOSALS = "libra_fastrcnn"
 
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Any:
@@ -46,7 +45,7 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Any:
         UserError: if the file is no checkpoint of the training program, or is one of a detector that needs proposals.
     """
     checkpoint = Checkpoint.load(Path(path))
-    if checkpoint.config.model.model == NEEDS_PROPOSALS:
+    if checkpoint.config.model.model == "libra_fastrcnn":
         raise UserError(
             f"{printable(path)}: of a Fast R-CNN, which finds nothing in images alone: it needs proposals, and is "
             "evaluated with --test-only --proposals FILE"
@@ -78,7 +77,15 @@ def detector_and_images(
         raise UserError(f"{train.json_file}: no image has a box")
     count = min(batches * config.training.batch_size, len(positions))
     spread = np.arange(count) * len(positions) // count
-    return detector.to(device).eval(), DetectionDataset(train, labels.label_of, positions[spread])
+    data = config.data
+    images = DetectionDataset(
+        train,
+        labels.label_of,
+        positions[spread],
+        proposals=ProposalFile.open(data.proposals) if data.proposals else None,
+        max_proposals=data.max_proposals,
+    )
+    return detector.to(device).eval(), images
 
 
 def origin_of_weights(config: Config, checkpoint: Checkpoint | None) -> str:
@@ -100,7 +107,8 @@ def batches_to_measure(
     batches = ([dataset[i] for i in range(start, min(start + size, len(dataset)))] for start in starts)
     for samples in Progress(title, config.run.print_freq).over(batches, len(starts), images=size):
         images = [image.to(device) for image, _ in samples]
-        yield images, [{key: target[key].to(device) for key in ("boxes", "labels")} for _, target in samples]
+        targets = [{key: value for key, value in target.items() if key != "image_id"} for _, target in samples]
+        yield images, [{key: value.to(device) for key, value in target.items()} for target in targets]
 
 
 def predict(
