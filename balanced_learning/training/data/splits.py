@@ -40,7 +40,7 @@ def read_splits(config: Config) -> tuple[Split, Split]:
     if train.categories != val.categories:
         odd = set(train.categories.items()) ^ set(val.categories.items())
         raise UserError(f"{val.json_file}: other categories than in {train.json_file.name}, such as {min(odd)}")
-    if config.model.model == "libra_rpn":
+    if config.model.is_rpn:
         train, val = train.as_one_category(), val.as_one_category()
     _check_resizing(train, train.has_boxes() | config.data.keep_empty, config.model, config.data.data_augmentation)
     _check_resizing(val, np.ones(len(val.images), bool), config.model)
