@@ -122,7 +122,10 @@ def _settled(config: Config) -> Config:
         raise UserError(
             "--sync-bn: not with --accumulation-steps; processes have other numbers of parts of a short batch"
         )
-    if model.sync_bn and config.conventions.norm == "frozen_statistics" and not model.small:
+    norm = config.conventions.norm or ""
+    if norm.startswith("frozen") and not (model.small or model.weights or model.weights_backbone):
+        raise UserError(f"--norm {norm}: a backbone from scratch has no statistics yet; pass --norm batch")
+    if model.sync_bn and norm == "frozen_statistics" and not model.small:
         raise UserError("--sync-bn: not with --norm frozen_statistics, which no process changes")
     for name in ("test_only", "check_data", "replay", "dump_proposals"):
         if run.dry_run and getattr(run, name):
