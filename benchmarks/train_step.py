@@ -28,13 +28,13 @@ import _reference_loop
 from _common import environment, markdown, parser, write
 from _stages import STAGES, watched
 from balanced_learning.training import randomness
-from balanced_learning.training.command_line import read_recipe
 from balanced_learning.training.config import Config
 from balanced_learning.training.data.batching import make_loaders
 from balanced_learning.training.data.splits import read_splits
 from balanced_learning.training.loop import Loop
 from balanced_learning.training.model import make_model
 from balanced_learning.training.optimization import Precision
+from balanced_learning.training.recipe import Recipe
 from balanced_learning.training.run import Run
 from balanced_learning.training.signals import StopSignals
 from balanced_learning.training.weights import choose_labels
@@ -97,7 +97,7 @@ def settings(args: argparse.Namespace, size: str) -> Config:
     if args.backbone:
         values["backbone"] = args.backbone
     else:
-        values |= read_recipe("shapes")
+        values |= Recipe.read("shapes").settings
     min_size, max_size = map(int, size.split("x"))
     default_workers = 0 if args.device == "cpu" else 4
     values |= {

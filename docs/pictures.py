@@ -11,12 +11,12 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.ops import box_iou
 
-from balanced_learning import IoUBalancedSampler, balanced_l1_loss, use_kernels
+from balanced_learning import BalancedL1Loss, IoUBalancedSampler, use_kernels
+from balanced_learning.training.reporting.figures import draw_losses
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -36,29 +36,16 @@ STYLE = {
 
 def draw_balanced_l1() -> plt.Figure:
     """Loss and gradient over the error, beside smooth L1: figure 5 of the paper."""
-    figure, (gradients, losses) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    curves = {"smooth L1": (None, STOCK)}
-    curves |= {
-        rf"balanced L1, $\alpha$ = {alpha}, $\gamma$ = {gamma}": ((alpha, gamma), color)
-        for alpha, gamma, color in ((0.5, 1.5, OURS), (0.5, 1.0, "#0f766e"), (0.2, 1.0, "#6d28d9"))
-    }
-    for name, (parameters, color) in curves.items():
-        error = torch.linspace(0, 2, 401, requires_grad=True)
-        if parameters is None:
-            loss = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none")
-        else:
-            alpha, gamma = parameters
-            loss = balanced_l1_loss(error, torch.zeros_like(error), alpha=alpha, gamma=gamma, reduction="none")
-        (gradient,) = torch.autograd.grad(loss.sum(), error)
-        width = 2.5 if color in (OURS, STOCK) else 1.5
-        losses.plot(error.tolist(), loss.tolist(), color=color, linewidth=width)
-        gradients.plot(error.tolist(), gradient.tolist(), color=color, linewidth=width, label=name)
-    for axis, title in ((gradients, "gradient"), (losses, "loss")):
-        axis.axvline(1, color=INK, linewidth=0.8, linestyle=":")
-        axis.set(title=title, xlabel="|x|", xlim=(0, 2), ylim=(0, None))
-    gradients.annotate("inliers", (0.97, 0.03), ha="right")
-    gradients.annotate("outliers", (1.03, 0.03))
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure, (gradient, value) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    losses: dict[str, nn.Module] = {"smooth L1": nn.SmoothL1Loss()}
+    for alpha, gamma in ((0.5, 1.5), (0.5, 1.0), (0.2, 1.0)):
+        losses[rf"balanced L1, $\alpha$ = {alpha}, $\gamma$ = {gamma}"] = BalancedL1Loss(alpha, gamma)
+    draw_losses(gradient, value, losses, (STOCK, OURS, "#0f766e", "#6d28d9"), beta=1)
+    for axis, title in ((gradient, "gradient"), (value, "loss")):
+        axis.set_title(title)
+        for line in axis.lines[:2]:
+            line.set_linewidth(2.5)
+    figure.legend(*gradient.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 

@@ -4,9 +4,10 @@
     python examples/plot_pyramid.py --data-path coco --resume runs/.../checkpoint.pth --image street.jpg
 
 Takes the options of the training script; without --image the first of its training images, with its boxes. Writes
-pyramid.png to the output folder: each level as it comes from the FPN, after integration alone and after refinement. The
-heat is the mean over channels of the absolute value. It means something for trained weights only; and a pyramid that
-has not been trained refines nothing, so that its last two columns are the same.
+pyramid.png to the output folder, with the steps of the pyramid: each level as it comes from the FPN and rescaled, their
+average and its refinement, and each level strengthened by the one and by the other. The heat is the mean over channels
+of the absolute value. It means something for trained weights only; and a pyramid that has not been trained refines
+nothing, so that its last two columns are the same.
 """
 
 import argparse
@@ -21,10 +22,12 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from balanced_learning import BalancedFeaturePyramid
-from balanced_learning.training.command_line import make_parser, read_command_line
+from balanced_learning.resizing import resize
+from balanced_learning.training.command_line import read_command_line
 from balanced_learning.training.data.images import load_image
 from balanced_learning.training.errors import UserError
-from balanced_learning.training.inference import detector_and_images
+from balanced_learning.training.flags import make_parser
+from balanced_learning.training.measuring import detector_and_images
 from balanced_learning.training.output_folder import find_folder
 from balanced_learning.training.reporting.figures import save_pyramid
 
@@ -71,8 +74,8 @@ def find_heat(model: Any, image: Tensor) -> tuple[list[Tensor], dict[str, list[T
     """Finds the heat of the levels and of their average, [H, W] in the size the model works on.
 
     Returns:
-        That of the average, integrated and refined; and for every level by name, that before, with the integrated and
-        with the refined average.
+        That of the average, integrated and refined; and for every level by name, that before, rescaled to the size of
+        the average, with the integrated and with the refined average.
     """
     batch, _ = model.transform([image])
     height, width = batch.image_sizes[0]
@@ -90,10 +93,11 @@ def find_heat(model: Any, image: Tensor) -> tuple[list[Tensor], dict[str, list[T
     stages = list(zip(*(maps.values() for maps in seen), strict=True))
     plain, *strengthened = stages[bfp.refine_level]  # where the average is added as it is
     finest = int(math.log2(batch.tensors.shape[-1] // stages[0][0].shape[-1]))
-    levels = {
-        f"P{level}, stride {2**level}": [heat(features) for features in stage]
-        for level, stage in enumerate(stages, finest)
-    }
+    levels = {}
+    for i, (before, *after) in enumerate(stages):
+        rescaled = resize(before, plain.shape[-2:], bfp.refine_level - i)
+        name = f"P{finest + i}, stride {2 ** (finest + i)}"
+        levels[name] = [heat(features) for features in (before, rescaled, *after)]
     return [heat(features - plain) for features in strengthened], levels
 
 

@@ -5,6 +5,7 @@
     python examples/train_torchvision_libra.py --data-path coco --dry-run       # all that a run does, for a minute
     python examples/train_torchvision_libra.py --data-path coco         # full COCO on one GPU
     torchrun --standalone --nproc-per-node 8 examples/train_torchvision_libra.py --data-path coco         # and on eight
+    python examples/train_torchvision_libra.py --list-recipes           # settings of the paper's tables, for --recipe
     python examples/train_torchvision_libra.py --resume runs/.../checkpoint.pth           # goes on as it began
 
 With --output-dir FOLDER --resume auto the same command starts a run and goes on with it. SIGTERM, SIGINT (Ctrl-C) and
@@ -22,19 +23,22 @@ import torch
 
 from balanced_learning.training import distributed
 from balanced_learning.training.checkpoint import Checkpoint
-from balanced_learning.training.command_line import lr_note, make_parser, read_command_line
+from balanced_learning.training.command_line import lr_note, read_command_line
 from balanced_learning.training.config import Config
 from balanced_learning.training.data.batching import DetectionLoader, make_loaders
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.data.splits import read_splits
 from balanced_learning.training.dry_run import dry_run
+from balanced_learning.training.dumping import dump
 from balanced_learning.training.endings import ends_in_one_line
 from balanced_learning.training.evaluation import Evaluation, detections_per_image, evaluate_detections
 from balanced_learning.training.files import write_or_warn
+from balanced_learning.training.flags import make_parser
 from balanced_learning.training.loop import Loop
 from balanced_learning.training.model import make_model, prepare
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.output_folder import run_folder
+from balanced_learning.training.recall import evaluate_proposals
 from balanced_learning.training.replay import replay
 from balanced_learning.training.reporting.evaluation_picture import save_evaluation
 from balanced_learning.training.reporting.next_steps import next_steps
@@ -63,6 +67,8 @@ def start(config: Config, checkpoint: Checkpoint | None, signals: StopSignals) -
         print(replay(checkpoint, make_model(config, checkpoint.labels, checkpoint).to(device), precision))
     elif config.run.check_data:
         read_data(config, checkpoint, device)
+    elif config.run.dump_proposals:
+        dump(config, config.run.dump_proposals, checkpoint, precision, signals)
     else:
         together = signals.deferred() if distributed.world_size() > 1 else nullcontext()  # where they ask each other
         with together, run_folder(config, checkpoint) as settled:
@@ -120,8 +126,11 @@ def evaluate(loop: Loop, labels: Labels, name: str) -> Evaluation:
     detections = loop.detect()
 
     def work() -> Evaluation:
-        limit, backend = detections_per_image(loop.run.model), config.run.coco_backend
-        evaluation = evaluate_detections(images.split, detections, labels.label_of, backend, limit=limit)
+        data = images.split, detections, labels.label_of, config.run.coco_backend
+        if config.model.is_rpn:
+            evaluation = evaluate_proposals(*data)
+        else:
+            evaluation = evaluate_detections(*data, limit=detections_per_image(loop.run.model))
         text = json.dumps(evaluation.plain(), indent=2) + "\n"
         write_or_warn(file, lambda content: content.write(text.encode()))
         save_evaluation(file.with_suffix(".png"), images, detections, labels.names, config.training.seed)

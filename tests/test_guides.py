@@ -12,8 +12,8 @@ from PIL import Image
 from torch import nn
 
 from balanced_learning.detection.roi_heads import LibraRoIHeads
-from balanced_learning.training.command_line import make_parser
 from balanced_learning.training.data.coco import read_split
+from balanced_learning.training.flags import make_parser
 from tests.training.coco_data import coco_root
 
 __all__ = ["coco_root"]

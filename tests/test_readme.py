@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import ExifTags, Image
 
-from balanced_learning.training.command_line import make_parser
+from balanced_learning.training.flags import make_parser
 from tests.training.small import save_untrained
 
 ROOT = Path(__file__).parents[1]

@@ -5,10 +5,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.models.detection import RetinaNet
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+from torchvision.ops import box_iou
 
 from ..samplers import IoUBalancedSampler
+from .stages import summed_loss
+
+HARD_SHARE = 1 / 4  # of the negatives: of 2,000 proposals about the 512 that hard example mining would take
 
 
 class MatchedProposals(NamedTuple):
@@ -32,12 +37,9 @@ def match_proposals(model: Any, images: list[Tensor], targets: list[dict[str, Te
         images (list[Tensor[3, H, W]]): in [0, 1], on the device of the model.
         targets (list[dict]): torchvision's, with ``boxes`` and ``labels``.
     """
-    was_training = model.rpn.training
-    model.rpn.train()  # in training it proposes more
     batch, targets = model.transform(images, targets)
     features = model.backbone(batch.tensors)
-    proposals, _ = model.rpn(batch, features, targets)
-    model.rpn.train(was_training)
+    proposals = _propose(model, batch, features, targets)
     heads = model.roi_heads
     boxes, matches = heads.match_proposals(proposals, targets)
     pooled = heads.box_head(heads.box_roi_pool(features, boxes, batch.image_sizes))
@@ -53,42 +55,137 @@ def match_proposals(model: Any, images: list[Tensor], targets: list[dict[str, Te
     ]
 
 
-def negative_iou_shares(
-    proposals: list[MatchedProposals],
-    balanced: IoUBalancedSampler,
-    random: BalancedPositiveNegativeSampler,
-    *,
-    edges: Tensor,
-    draws: int,
+def chosen_ious(
+    proposals: MatchedProposals, balanced: IoUBalancedSampler, random: BalancedPositiveNegativeSampler, *, draws: int
 ) -> dict[str, Tensor]:
-    """The share of negatives in each interval of IoU, figure 3 of Libra R-CNN.
+    """The IoUs of an image's negatives, by who chooses them: what figure 3 of Libra R-CNN shows.
 
     Args:
-        proposals: of some images.
+        proposals: of the image.
         balanced, random: the samplers to compare.
-        edges: of the intervals, closed below, such as those of :func:`interval_edges`. What lies beyond the first or
-            last edge is in the first or last interval. [I + 1]
-        draws: how many of each sampler are averaged.
+        draws: how often each sampler draws.
 
     Returns:
-        dict[str, Tensor[I]]: of ``all`` negatives, of the ``hard`` ones (those of highest classification loss,
-        ``batch_size_per_image`` in each image), and of those that ``random`` and ``IoU-balanced`` sampling chooses.
+        dict[str, Tensor]: of ``all`` negatives, of the ``hard`` ones, the quarter with the highest classification loss,
+        and of those in all draws of ``random`` and ``IoU-balanced`` sampling.
     """
-    chosen: dict[str, list[Tensor]] = {"all": [], "hard": [], "random": [], "IoU-balanced": []}
-    for each in proposals:
-        negative = each.labels == 0
-        hardest = each.hardness[negative].topk(min(balanced.batch_size_per_image, int(negative.sum()))).indices
-        chosen["all"].append(each.ious[negative])
-        chosen["hard"].append(each.ious[negative][hardest])
-        for _ in range(draws):
-            chosen["random"].append(each.ious[draw_random(each, random)])
-            chosen["IoU-balanced"].append(each.ious[draw_balanced(each, balanced)])
-    shares = {}
-    for name, ious in chosen.items():
-        interval = torch.bucketize(torch.cat(ious), edges[1:-1].contiguous(), right=True)
-        counts = interval.bincount(minlength=len(edges) - 1)
-        shares[name] = counts / counts.sum().clamp(min=1)
-    return shares
+    ious = proposals.ious
+    negative = proposals.labels == 0
+    hardest = proposals.hardness[negative].topk(math.ceil(HARD_SHARE * int(negative.sum()))).indices
+    return {
+        "all": ious[negative],
+        "hard": ious[negative][hardest],
+        "random": torch.cat([ious[draw_random(proposals, random)] for _ in range(draws)]),
+        "IoU-balanced": torch.cat([ious[draw_balanced(proposals, balanced)] for _ in range(draws)]),
+    }
+
+
+def interval_shares(ious: Tensor, edges: Tensor) -> Tensor:
+    """The share of the IoUs in each interval, closed below. [I]
+
+    Args:
+        ious: any number of them; of none the shares are 0. [M]
+        edges: of the intervals, such as those of :func:`interval_edges`. What lies beyond the first or last edge is in
+            the first or last interval. [I + 1]
+
+    Example:
+        >>> interval_shares(torch.tensor([0.0, 0.1, 0.2, 0.6]), torch.tensor([0.0, 0.2, 0.4]))
+        tensor([0.5000, 0.5000])
+    """
+    counts = torch.bucketize(ious, edges[1:-1].contiguous(), right=True).bincount(minlength=len(edges) - 1)
+    return counts / counts.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def box_errors(model: Any, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
+    """Finds the errors of the boxes that one training step learns from, as its box loss takes them.
+
+    Of an R-CNN: of the positives that its second stage samples, proposals and ground truths; of a RetinaNet: of all
+    positive anchors.
+
+    Args:
+        model (FasterRCNN or RetinaNet): in evaluation mode; torchvision's own, or after
+            :func:`~balanced_learning.detection.apply_libra`.
+        images (list[Tensor[3, H, W]]): in [0, 1], on the device of the model.
+        targets (list[dict]): torchvision's, with ``boxes`` and ``labels``.
+
+    Returns:
+        Tensor[P, 4]: prediction minus target of each positive, in the units of the model's box coder, on the CPU.
+    """
+    batch, targets = model.transform(images, targets)
+    features = model.backbone(batch.tensors)
+    if isinstance(model, RetinaNet):
+        maps = list(features.values())
+        rows = zip(model.head(maps)["bbox_regression"], model.anchor_generator(batch, maps), targets, strict=True)
+        return torch.cat([_anchor_errors(model, *row) for row in rows]).cpu()
+    heads = model.roi_heads
+    sampled, _, labels, wanted = heads.select_training_samples(_propose(model, batch, features, targets), targets)
+    pooled = heads.box_head(heads.box_roi_pool(features, sampled, batch.image_sizes))
+    deltas = heads.box_predictor(pooled)[1].unflatten(1, (-1, 4))  # [S, classes, 4]
+    label = torch.cat(labels)
+    positive = torch.where(label > 0)[0]
+    return (deltas[positive, label[positive]] - torch.cat(wanted)[positive]).cpu()
+
+
+def _anchor_errors(model: RetinaNet, deltas: Tensor, anchors: Tensor, target: dict[str, Tensor]) -> Tensor:
+    matched_idxs = model.proposal_matcher(box_iou(target["boxes"], anchors))
+    positive = torch.where(matched_idxs >= 0)[0]
+    wanted = model.box_coder.encode_single(target["boxes"][matched_idxs[positive]], anchors[positive])
+    return deltas[positive] - wanted
+
+
+def _propose(model: Any, batch: Any, features: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> list[Tensor]:
+    """The proposals of a training step: in training the RPN proposes more."""
+    was_training = model.rpn.training
+    model.rpn.train()
+    try:
+        return model.rpn(batch, features, targets)[0]
+    finally:
+        model.rpn.train(was_training)
+
+
+class GradientShares(NamedTuple):
+    """The inliers' part in the gradient of a box loss, from 0 to 1; NaN where there is nothing to divide by.
+
+    An inlier is a coordinate of a box whose error is below beta. Gradients count by their magnitude, and that of a
+    positive is the sum over its four coordinates.
+    """
+
+    inliers: float  # among all coordinates
+    of_total: float  # their gradient in that of all positives together
+    of_sample: float  # the same in each positive by itself, averaged
+    to_outlier: float  # the mean gradient of an inlier, divided by that of an outlier: the paper's 30 %
+
+
+def gradient_shares(errors: Tensor, loss: nn.Module, *, beta: float = 1.0) -> GradientShares:
+    """Measures how much of a loss's gradient comes from inliers: section 3.3 of Libra R-CNN.
+
+    Args:
+        errors (Tensor[P, 4]): such as those of :func:`box_errors`.
+        loss (nn.Module): with a ``reduction`` attribute, such as ``nn.SmoothL1Loss(beta=1.0)``.
+        beta (float): the error that divides inliers from outliers.
+
+    Example:
+        >>> gradient_shares(torch.tensor([[0.5, 0.5, 0.0, 3.0]]), nn.SmoothL1Loss())  # gradients 0.5, 0.5, 0 and 1
+        GradientShares(inliers=0.75, of_total=0.5, of_sample=0.5, to_outlier=0.3333333432674408)
+    """
+    size = gradients(errors, loss).abs()
+    inlier = errors.abs() < beta
+    of_inliers = size * inlier
+    shares = (
+        inlier.float().mean(),
+        of_inliers.sum() / size.sum(),
+        (of_inliers.sum(dim=1) / size.sum(dim=1)).nanmean(),
+        size[inlier].mean() / size[~inlier].mean(),
+    )
+    return GradientShares(*(share.item() for share in shares))
+
+
+def gradients(errors: Tensor, loss: nn.Module) -> Tensor:
+    """The gradient of a loss, summed, at each error, by autograd. [the shape of ``errors``]"""
+    with torch.enable_grad():
+        leaf = errors.detach().requires_grad_()
+        return torch.autograd.grad(summed_loss(loss, leaf, torch.zeros_like(leaf)), leaf)[0]
 
 
 def bin_edges(sampler: IoUBalancedSampler) -> list[float]:

@@ -1,7 +1,5 @@
 """Batch norm of a backbone that was trained on other images: its statistics stay, its scale and shift are trained."""
 
-from typing import Self
-
 from torch import nn
 
 
@@ -21,6 +19,6 @@ class FrozenStatisticsBatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum, affine, track_running_stats=True)
         self.train()
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "FrozenStatisticsBatchNorm2d":
         """Stays in evaluation mode."""
         return super().train(mode=False)

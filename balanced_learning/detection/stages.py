@@ -83,6 +83,19 @@ def _is_callable_with_one(sampler: Callable) -> bool:
     return True
 
 
+class WeightedLoss(nn.Module):
+    """``loss`` times ``weight``, with its reduction."""
+
+    def __init__(self, loss: nn.Module, weight: float) -> None:
+        super().__init__()
+        self.loss = loss
+        self.weight = weight
+        self.reduction = loss.reduction
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return self.weight * self.loss(input, target)
+
+
 def has_reduction(box_loss: object) -> bool:
     """Whether it is a loss that says how it is reduced, for :func:`summed_loss`."""
     return getattr(box_loss, "reduction", None) in ("none", "mean", "sum")

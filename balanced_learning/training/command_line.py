@@ -1,154 +1,58 @@
-"""The command line: a flag for every setting, over the settings of a checkpoint or of a recipe."""
+"""The command line: flags over the settings of a recipe and of a checkpoint."""
 
 import argparse
 import sys
-from dataclasses import Field, fields
-from importlib import resources
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+from balanced_learning.training import distributed
 from balanced_learning.training.checkpoint import PREVIOUS, Checkpoint
 from balanced_learning.training.config import (
     AUTO,
-    COURSE,
-    MODEL,
     PAPER_IMAGES,
     PAPER_LR,
     Config,
     ModelConfig,
-    flag_of,
     images_per_step,
     setting_fields,
 )
-from balanced_learning.training.errors import UserError
-from balanced_learning.training.opening import open_file
+from balanced_learning.training.errors import UserError, warn
+from balanced_learning.training.flags import as_typed, given_settings
+from balanced_learning.training.recipe import Recipe, list_recipes
+from balanced_learning.training.settings import COURSE, MODEL, flag_of
 from balanced_learning.training.weights import are_torchvisions
 
 
-def make_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """A parser whose result holds only the flags that are given."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--recipe", metavar="NAME|FILE", help="settings in TOML, below the flags; without data: shapes")
-    for group in fields(Config):
-        arguments = parser.add_argument_group(group.name)
-        for setting in fields(group.type):  # type: ignore[arg-type]
-            _add_flag(arguments, setting)
-    return parser
-
-
-def _add_flag(group: Any, setting: Field) -> None:
-    aliases = setting.metadata["aliases"]
-    flags = [*(a for a in aliases if len(a) == 2), flag_of(setting.name), *(a for a in aliases if len(a) > 2)]
-    default = "" if setting.default is None else f" (default: {_shown(setting.default)})"
-    arguments = {"dest": setting.name, "help": setting.metadata["help"] + default, **setting.metadata["arguments"]}
-    if isinstance(setting.default, bool):
-        arguments["action"] = argparse.BooleanOptionalAction
-    group.add_argument(*flags, **arguments)
-
-
-def _shown(default: Any) -> str:
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    return " ".join(map(str, default)) if isinstance(default, tuple) else f"{default}"
-
-
 def read_command_line(given: argparse.Namespace, *, trains: bool = True) -> tuple[Config, Checkpoint | None]:
-    """The configuration that the flags of :func:`make_parser` ask for, and the checkpoint they name.
+    """The configuration that flags ask for, and the checkpoint they name.
 
     Flags go before the recipe, both before the settings of the checkpoint, and those before the defaults. Without data
     and checkpoint, the recipe is ``shapes``.
 
     Args:
-        given: the flags.
+        given: the flags, as :func:`~balanced_learning.training.flags.make_parser` parses them.
         trains: whether the program trains. Otherwise the settings of training need not be those of the checkpoint.
 
     Raises:
         UserError: for a recipe or checkpoint that cannot be read, and for settings that contradict the checkpoint or
             each other.
     """
-    flags = {name: _frozen(value) for name, value in vars(given).items() if name in setting_fields()}
+    if "list_recipes" in given:
+        print(list_recipes())
+        sys.exit()
+    flags = given_settings(given)
     has_data = "data_path" in flags or flags.get("resume", AUTO) != AUTO or "replay" in flags
-    recipe = getattr(given, "recipe", None if has_data else "shapes")
-    chosen = (read_recipe(recipe) if recipe else {}) | flags
+    name = getattr(given, "recipe", None if has_data else "shapes")
+    recipe = Recipe.read(name) if name else Recipe({})
+    if recipe.note and distributed.announced_rank() == 0:
+        warn(f"--recipe {name}: {recipe.note}")
+    chosen = recipe.settings | flags
     checkpoint = _find_checkpoint(chosen)
     if checkpoint:
         _check_agreement(chosen, checkpoint, trains and not chosen.get("test_only", False))
         of_machine = {name: setting_fields()[name].default for name in ("device", "dist_url")}
         chosen = checkpoint.config.values() | of_machine | {"output_dir": checkpoint.path.parent} | chosen
     return _settled(Config.of(chosen)), checkpoint
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """The settings of a recipe of the library, by its name, or of a TOML file.
-
-    Its tables are those of :class:`~balanced_learning.training.config.Config`, and its values are checked as flags are.
-
-    Raises:
-        UserError: for an unknown name, a file that is no recipe, a table or setting that does not exist, a bad value.
-    """
-    own = {file.name.removesuffix(".toml"): file for file in _recipes().iterdir() if file.name.endswith(".toml")}
-    try:
-        if name in own:
-            text = own[name].read_text(encoding="utf-8")
-        else:
-            with open_file(Path(name)) as file:
-                text = file.read().decode()
-        content = tomllib.loads(text)
-    except FileNotFoundError:
-        raise UserError(f"--recipe {name}: no such file, and the library's are {', '.join(sorted(own))}") from None
-    except (OSError, RecursionError, ValueError) as error:
-        raise UserError(f"--recipe {name}: cannot be read ({error})") from None
-    parser = make_parser()
-    parser.error = lambda message: _refuse(f"--recipe {name}: {message}")  # type: ignore[method-assign,assignment,return-value]
-    words = [word for table, values in content.items() for word in _table_as_flags(name, table, values)]
-    return {key: _frozen(value) for key, value in vars(parser.parse_args(words)).items()}
-
-
-def _table_as_flags(recipe: str, table: str, values: Any) -> list[str]:
-    groups = {group.name: {setting.name for setting in fields(group.type)} for group in fields(Config)}  # type: ignore[arg-type]
-    if table not in groups or not isinstance(values, dict):
-        raise UserError(f"--recipe {recipe}: {table!r} is none of its tables, {', '.join(groups)}")
-    words: list[str] = []
-    for key, value in values.items():
-        if key not in groups[table]:
-            raise UserError(f"--recipe {recipe}: [{table}] has no setting {key!r}")
-        setting = setting_fields()[key]
-        is_switch = isinstance(setting.default, bool)
-        takes_list = setting.metadata["arguments"].get("nargs") == "*"
-        if isinstance(value, bool) != is_switch or isinstance(value, list) != takes_list:
-            wanted = "true or false" if is_switch else "a list" if takes_list else "one value"
-            raise UserError(f"--recipe {recipe}: [{table}] {key} must be {wanted}, got {value!r}")
-        words += _as_flag(key, value)
-    return words
-
-
-def _recipes() -> Any:
-    return resources.files("balanced_learning.training") / "recipes"
-
-
-def _as_flag(name: str, value: Any) -> list[str]:
-    if isinstance(setting_fields()[name].default, bool) and isinstance(value, bool):
-        return [flag_of(name) if value else flag_of(name).replace("--", "--no-", 1)]
-    values = value if isinstance(value, list) else [value]
-    return [flag_of(name), *map(str, values)]
-
-
-def _refuse(message: str) -> None:
-    raise UserError(message)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _find_checkpoint(chosen: dict[str, Any]) -> Checkpoint | None:
@@ -180,15 +84,8 @@ def _check_agreement(chosen: dict[str, Any], checkpoint: Checkpoint, trains: boo
         setting = setting_fields()[name]
         is_schedule = trains and name == "epochs" and before["lr_scheduler"] == "cosineannealinglr"
         if (setting.metadata["binds"] in binding or is_schedule) and value != before[name]:
-            there, here = _as_typed(name, before[name]), _as_typed(name, value)
+            there, here = as_typed(name, before[name]), as_typed(name, value)
             raise UserError(f"{here}: {checkpoint.path} was made with {there}, and goes on so without the flag")
-
-
-def _as_typed(name: str, value: Any) -> str:
-    """A setting as one would type it."""
-    if value is None:
-        return "--weights-backbone none" if name == "weights_backbone" else f"no {flag_of(name)}"
-    return " ".join(_as_flag(name, list(value) if isinstance(value, tuple) else value))
 
 
 def _settled(config: Config) -> Config:
@@ -202,8 +99,21 @@ def _settled(config: Config) -> Config:
     if model.weights_backbone not in (None, ModelConfig.weights_backbone) and (model.small or model.weights):
         other = "--small detector is trained from scratch" if model.small else "detector with --weights has a backbone"
         raise UserError(f"--weights-backbone {model.weights_backbone}: a {other}; leave one of them out")
-    if model.rpn and model.model == "libra_retinanet":
-        raise UserError("--rpn: RetinaNet has no RPN; pass --no-rpn")
+    if model.rpn and (model.is_retinanet or model.is_fast_rcnn):
+        raise UserError(f"--rpn: {model.model} has no RPN; pass --no-rpn")
+    if model.box_loss and config.libra.beta == 0:
+        raise UserError("--beta 0: balanced L1 needs one above 0; L1 is --no-box-loss --beta 0")
+    if model.balances_rpn and model.box_loss and config.conventions.rpn_beta == 0:
+        raise UserError("--rpn-beta 0: balanced L1 needs one above 0")
+    if model.is_fast_rcnn and not data.proposals:
+        raise UserError("--model libra_fastrcnn: pass --proposals, a file that --dump-proposals made of the same data")
+    if data.proposals and not model.is_fast_rcnn:
+        raise UserError(f"--proposals {data.proposals}: --model {model.model} has its own; libra_fastrcnn takes them")
+    if run.dump_proposals:
+        if model.is_retinanet or model.is_fast_rcnn:
+            raise UserError(f"--dump-proposals: --model {model.model} has no RPN")
+        if not (run.resume or model.weights):
+            raise UserError("--dump-proposals: there are no trained weights; pass --resume or --weights")
     if training.opt == "sgd_nesterov" and training.momentum == 0:
         raise UserError("--momentum 0: --opt sgd_nesterov needs one")
     if run.test_only and not (run.resume or model.weights):
@@ -212,7 +122,9 @@ def _settled(config: Config) -> Config:
         raise UserError(
             "--sync-bn: not with --accumulation-steps; processes have other numbers of parts of a short batch"
         )
-    for name in ("test_only", "check_data", "replay"):
+    if model.sync_bn and config.conventions.norm == "frozen_statistics" and not model.small:
+        raise UserError("--sync-bn: not with --norm frozen_statistics, which no process changes")
+    for name in ("test_only", "check_data", "replay", "dump_proposals"):
         if run.dry_run and getattr(run, name):
             raise UserError(f"--dry-run: it trains; leave {flag_of(name)} out")
     package = run.coco_backend.replace("-", "_")
@@ -223,8 +135,9 @@ def _settled(config: Config) -> Config:
     values = config.values()
     if training.lr is None:
         values["lr"] = paper_lr(config)
-    if data.data_path:
-        values["data_path"] = data.data_path.absolute()
+    for name in ("data_path", "proposals"):
+        if values[name]:
+            values[name] = values[name].absolute()
     return Config.of(values)
 
 

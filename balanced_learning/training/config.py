@@ -1,80 +1,59 @@
 """The settings of a run: frozen, made once, saved in its checkpoints.
 
-The metadata of a field hold its flag, for :mod:`~balanced_learning.training.command_line`, and the uses of a checkpoint
-that must agree with it: ``MODEL`` settings decide what the weights mean, ``COURSE`` settings how the training goes on.
-The defaults are the paper's 1x schedule on COCO.
+Each group has flags and a table of a recipe, see :mod:`~balanced_learning.training.flags`. The defaults are
+torchvision's detectors with the paper's parts, on its 1x schedule on COCO; ``recipes/`` has the settings of its tables.
 """
 
-import argparse
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from balanced_learning.training import distributed
-from balanced_learning.training.setting_values import check_value
+from balanced_learning.training.settings import (
+    COURSE,
+    MODEL,
+    above_zero,
+    amount,
+    check_value,
+    name_or_none,
+    not_negative,
+    number,
+    positive,
+    setting,
+)
 
 PAPER_IMAGES = 16  # images an iteration, to which the paper's learning rates belong
-PAPER_LR = {"libra_fasterrcnn": 0.02, "libra_retinanet": 0.01}
+PAPER_LR = {"libra_fasterrcnn": 0.02, "libra_retinanet": 0.01, "libra_fastrcnn": 0.02, "libra_rpn": 0.02}
 
 AUTO = Path("auto")  # of --resume
-
-MODEL, COURSE, FREE = "model", "course", "free"
-
-
-def _setting(default: Any, help: str, *aliases: str, binds: str = FREE, **arguments: Any) -> Any:
-    """A field with a default, and the arguments of its flag beside those that follow from name and default."""
-    metadata = {"help": help, "aliases": aliases, "binds": binds, "arguments": arguments}
-    return field(default=default, metadata=metadata)
-
-
-def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
-    """Returns a parser of finite numbers from ``low`` to ``high``."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            whole = "whole " if kind is int else ""
-            raise argparse.ArgumentTypeError(f"must be a {whole}number, got {text!r}") from None
-        if not (low <= value <= high and math.isfinite(value)):
-            bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
-        return value
-
-    return parse
-
-
-_positive, _not_negative, _amount = _number(int, 1), _number(int, 0), _number(float, 0)
-
-
-def _name_or_none(text: str) -> str | None:
-    return None if text.lower() == "none" else text
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The images, and how they are batched and augmented."""
 
-    data_path: Path | None = _setting(None, "folder with annotations/, train2017/ and val2017/, as COCO's", type=Path)
-    dataset: str = _setting("coco", "layout of the data", choices=["coco"])
-    data_augmentation: str = _setting(
+    data_path: Path | None = setting(None, "folder with annotations/, train2017/ and val2017/, as COCO's", type=Path)
+    dataset: str = setting("coco", "layout of the data", choices=["coco"])
+    data_augmentation: str = setting(
         "hflip",
         "torchvision's policies",
         binds=COURSE,
         choices=["none", "hflip", "multiscale", "lsj", "ssd", "ssdlite"],
     )
-    keep_empty: bool = _setting(False, "also train on images without boxes", binds=COURSE)
-    limit: int | None = _setting(
-        None, "use the first N images of each split", binds=COURSE, type=_positive, metavar="N"
+    keep_empty: bool = setting(False, "also train on images without boxes", binds=COURSE)
+    limit: int | None = setting(None, "use the first N images of each split", binds=COURSE, type=positive, metavar="N")
+    workers: int = setting(4, "loader processes", "-j", type=not_negative, metavar="N")
+    max_unreadable: int = setting(
+        50, "images that may turn out to be unreadable before the run ends", type=not_negative, metavar="N"
     )
-    workers: int = _setting(4, "loader processes", "-j", type=_not_negative, metavar="N")
-    max_unreadable: int = _setting(
-        50, "images that may turn out to be unreadable before the run ends", type=_not_negative, metavar="N"
+    strict_data: bool = setting(False, "end the run at the first image that cannot be read")
+    proposals: Path | None = setting(
+        None, "of libra_fastrcnn: the file that --dump-proposals made of the same data", type=Path, metavar="FILE"
     )
-    strict_data: bool = _setting(False, "end the run at the first image that cannot be read")
-    aspect_ratio_group_factor: int = _setting(
+    max_proposals: int = setting(
+        1000, "proposals of an image that libra_fastrcnn takes, the best", binds=COURSE, type=positive, metavar="N"
+    )
+    aspect_ratio_group_factor: int = setting(
         3, "batches of like shape; negative: off", binds=COURSE, type=int, metavar="N"
     )
 
@@ -83,87 +62,199 @@ class DataConfig:
 class ModelConfig:
     """The detector."""
 
-    model: str = _setting("libra_fasterrcnn", "the detector", binds=MODEL, choices=list(PAPER_LR))
-    backbone: str = _setting("resnet50", "any ResNet, ResNeXt or MobileNet of torchvision", binds=MODEL)
-    sampler: bool = _setting(True, "IoU-balanced sampling (Faster R-CNN)", binds=COURSE)
-    pyramid: bool = _setting(True, "balanced feature pyramid", binds=MODEL)
-    path_aggregation: bool = _setting(False, "bottom-up path of PAFPN behind the FPN's levels", binds=MODEL)
-    box_loss: bool = _setting(True, "balanced L1", binds=COURSE)
-    rpn: bool = _setting(False, "balance the RPN, too (Faster R-CNN)", binds=COURSE)
-    small: bool = _setting(False, "a small detector that a CPU can train from scratch", binds=MODEL)
-    weights: str | None = _setting(
+    model: str = setting(
+        "libra_fasterrcnn",
+        "the detector, or a stage of Faster R-CNN alone: the second (Fast R-CNN, needs --proposals), or the RPN",
+        binds=MODEL,
+        choices=list(PAPER_LR),
+    )
+    backbone: str = setting("resnet50", "any ResNet, ResNeXt or MobileNet of torchvision", binds=MODEL)
+    sampler: bool = setting(True, "IoU-balanced sampling (Faster R-CNN)", binds=COURSE)
+    pyramid: bool = setting(True, "balanced feature pyramid", binds=MODEL)
+    path_aggregation: bool = setting(False, "bottom-up path of PAFPN behind the FPN's levels", binds=MODEL)
+    box_loss: bool = setting(True, "balanced L1", binds=COURSE)
+    rpn: bool = setting(False, "balance the RPN, too (Faster R-CNN; an RPN alone is balanced anyway)", binds=COURSE)
+    small: bool = setting(False, "a small detector that a CPU can train from scratch", binds=MODEL)
+    weights: str | None = setting(
         None,
         "detector to start from: torchvision's COCO weights, e.g. DEFAULT, or a file with a checkpoint or a state dict",
         binds=MODEL,
         metavar="NAME|FILE",
     )
-    weights_backbone: str | None = _setting(
+    weights_backbone: str | None = setting(
         "IMAGENET1K_V1",
         "torchvision's ImageNet weights of the backbone, or a file with a state dict; none: from scratch",
         binds=MODEL,
-        type=_name_or_none,
+        type=name_or_none,
         metavar="NAME|FILE",
     )
-    trainable_backbone_layers: int | None = _setting(
+    trainable_backbone_layers: int | None = setting(
         None, "stages trained, from the last", binds=COURSE, type=int, choices=range(7)
     )
-    rpn_score_thresh: float = _setting(0.0, "lowest objectness of a proposal", binds=COURSE, type=_amount)
-    min_size: int = _setting(800, "shorter side of an image, in pixels", binds=MODEL, type=_positive)
-    max_size: int = _setting(1333, "longer side at most, in pixels", binds=MODEL, type=_positive)
-    sync_bn: bool = _setting(False, "synchronize batch norm over processes", binds=COURSE)
-    channels_last: bool = _setting(False, "weights and maps with the channels last in memory")
-    compile: bool = _setting(False, "torch.compile the backbone with its necks")
+    rpn_score_thresh: float = setting(0.0, "lowest objectness of a proposal", binds=COURSE, type=amount)
+    min_size: int = setting(800, "shorter side of an image, in pixels", binds=MODEL, type=positive)
+    max_size: int = setting(1333, "longer side at most, in pixels", binds=MODEL, type=positive)
+    sync_bn: bool = setting(False, "synchronize batch norm over processes", binds=COURSE)
+    channels_last: bool = setting(False, "weights and maps with the channels last in memory")
+    compile: bool = setting(False, "torch.compile the backbone with its necks")
+
+    @property
+    def is_retinanet(self) -> bool:
+        return self.model == "libra_retinanet"
+
+    @property
+    def is_rpn(self) -> bool:
+        return self.model == "libra_rpn"
+
+    @property
+    def is_fast_rcnn(self) -> bool:
+        return self.model == "libra_fastrcnn"
+
+    @property
+    def balances_rpn(self) -> bool:
+        """Whether the parts that are on are those of an RPN, too."""
+        return self.rpn or self.is_rpn
+
+
+@dataclass(frozen=True)
+class LibraConfig:
+    """The paper's three parts, where they are on."""
+
+    num_bins: int = setting(3, "bins of IoU that negatives are drawn from", binds=COURSE, type=positive, metavar="K")
+    instance_balanced: bool = setting(True, "draw as many positives of each ground truth", binds=COURSE)
+    refine: str = setting(
+        "non_local", "refinement of the pyramid's mean", binds=MODEL, choices=["non_local", "conv", "none"]
+    )
+    pyramid_init: str = setting(
+        "zero", "start of the refinement; xavier: as the published weights", binds=COURSE, choices=["zero", "xavier"]
+    )
+    alpha: float = setting(0.5, "of balanced L1", binds=COURSE, type=above_zero)
+    gamma: float = setting(1.5, "of balanced L1", binds=COURSE, type=above_zero)
+    beta: float | None = setting(
+        None,
+        "where the box loss turns linear: balanced L1 (by default 1; RetinaNet 0.11) or, with --no-box-loss, smooth L1 "
+        "(1/9; RetinaNet 0, which is L1)",
+        binds=COURSE,
+        type=amount,
+    )
+    box_loss_weight: float = setting(1.0, "factor of the box loss, not of an RPN's", binds=COURSE, type=amount)
+
+
+@dataclass(frozen=True)
+class ConventionsConfig:
+    """What torchvision and mmdetection do differently. The defaults are torchvision's."""
+
+    norm: str | None = setting(
+        None,
+        "the backbone's: batch norm, frozen, or with frozen statistics alone; by default frozen with weights, "
+        "otherwise batch. A --small detector has batch norm in any case",
+        binds=MODEL,
+        choices=["batch", "frozen", "frozen_statistics"],
+    )
+    anchors: str = setting(
+        "torchvision",
+        "rounded: strides of 4, 8, 16, ... whatever the padding; exact: nor are corners rounded",
+        binds=MODEL,
+        choices=["torchvision", "rounded", "exact"],
+    )
+    init: str = setting("torchvision", "of FPN and RoI heads", binds=COURSE, choices=["torchvision", "mmdet"])
+    detections_per_image: int | None = setting(
+        None,
+        "boxes found in an image, by default 100 (RetinaNet 300)",
+        binds=COURSE,
+        type=positive,
+        metavar="N",
+    )
+    roi_aligned: bool = setting(False, "RoIAlign without its offset of half a pixel", binds=MODEL)
+    roi_sampling_ratio: int = setting(
+        2, "points of a bin of RoIAlign, each way; 0: one a pixel", binds=MODEL, type=not_negative, metavar="N"
+    )
+    rpn_allowed_border: int | None = setting(
+        None,
+        "the RPN learns from anchors that reach at most N pixels beyond the image; by default from all",
+        binds=COURSE,
+        type=not_negative,
+        metavar="N",
+    )
+    rpn_max_negatives_per_positive: float | None = setting(
+        None, "negatives of a positive that the RPN learns from, at most", binds=COURSE, type=amount, metavar="X"
+    )
+    rpn_beta: float = setting(1 / 9, "where the RPN's box loss turns linear; 0: L1", binds=COURSE, type=amount)
+    rpn_pre_nms_top_n_train: int | None = setting(
+        None,
+        "proposals of a level that enter NMS in training, usually 2000",
+        binds=COURSE,
+        type=positive,
+        metavar="N",
+    )
+    rpn_pre_nms_top_n_test: int | None = setting(
+        None, "the same in evaluation, usually 1000", binds=COURSE, type=positive, metavar="N"
+    )
+    rpn_post_nms_top_n_train: int | None = setting(
+        None, "proposals of an image in training, usually 2000", binds=COURSE, type=positive, metavar="N"
+    )
+    rpn_post_nms_top_n_test: int | None = setting(
+        None, "the same in evaluation, usually 1000", binds=COURSE, type=positive, metavar="N"
+    )
+    p6_from: str = setting("p5", "what RetinaNet's P6 is made of", binds=MODEL, choices=["p5", "c5"])
+    p7_relu: bool = setting(True, "ReLU before RetinaNet's P7", binds=MODEL)
+    loss_normalizer: str = setting(
+        "image",
+        "RetinaNet's losses: by the positives of each image or of the batch",
+        binds=COURSE,
+        choices=["image", "batch"],
+    )
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """The optimization. The command line settles ``lr``."""
 
-    batch_size: int = _setting(2, "images per process", "-b", type=_positive, metavar="N")
-    accumulation_steps: int = _setting(
-        1, "batches of a process that are added up to one step of the optimizer", type=_positive, metavar="N"
+    batch_size: int = setting(2, "images per process", "-b", type=positive, metavar="N")
+    accumulation_steps: int = setting(
+        1, "batches of a process that are added up to one step of the optimizer", type=positive, metavar="N"
     )
-    epochs: int = _setting(12, "passes over the data", type=_positive, metavar="N")
-    opt: str = _setting("sgd", "optimizer", binds=COURSE, choices=["sgd", "sgd_nesterov", "adamw"])
-    lr: float = _setting(
+    epochs: int = setting(12, "passes over the data", type=positive, metavar="N")
+    opt: str = setting("sgd", "optimizer", binds=COURSE, choices=["sgd", "sgd_nesterov", "adamw"])
+    lr: float = setting(
         None,
         f"learning rate, used as given; by default the paper's for {PAPER_IMAGES} images an iteration (Faster R-CNN "
         "0.02, RetinaNet 0.01), scaled linearly with the images of all processes",
         binds=COURSE,
-        type=_amount,
+        type=amount,
     )
-    momentum: float = _setting(0.9, "of SGD", binds=COURSE, type=_amount)
-    weight_decay: float = _setting(1e-4, "weight decay", "--wd", binds=COURSE, type=_amount)
-    norm_weight_decay: float | None = _setting(
-        None, "weight decay of normalization layers, if another", binds=COURSE, type=_amount
+    momentum: float = setting(0.9, "of SGD", binds=COURSE, type=amount)
+    weight_decay: float = setting(1e-4, "weight decay", "--wd", binds=COURSE, type=amount)
+    norm_weight_decay: float | None = setting(
+        None, "weight decay of normalization layers, if another", binds=COURSE, type=amount
     )
-    lr_scheduler: str = _setting(
+    lr_scheduler: str = setting(
         "multisteplr", "decay of the learning rate", binds=COURSE, choices=["multisteplr", "cosineannealinglr"]
     )
-    lr_steps: tuple[int, ...] = _setting(
-        (8, 11), "epochs after which lr drops", binds=COURSE, type=_not_negative, nargs="*"
+    lr_steps: tuple[int, ...] = setting(
+        (8, 11), "epochs after which lr drops", binds=COURSE, type=not_negative, nargs="*"
     )
-    lr_gamma: float = _setting(0.1, "factor of a drop", binds=COURSE, type=_amount)
-    warmup_iters: int = _setting(500, "iterations of linear warm-up", binds=COURSE, type=_not_negative)
-    warmup_factor: float = _setting(
-        1 / 3, "share of lr that the warm-up starts from", binds=COURSE, type=_number(float, 1e-6, 1)
+    lr_gamma: float = setting(0.1, "factor of a drop", binds=COURSE, type=amount)
+    warmup_iters: int = setting(500, "iterations of linear warm-up", binds=COURSE, type=not_negative)
+    warmup_factor: float = setting(
+        1 / 3, "share of lr that the warm-up starts from", binds=COURSE, type=number(float, 1e-6, 1)
     )
-    clip_grad_norm: float = _setting(35.0, "largest norm of the gradient; 0: any", binds=COURSE, type=_amount)
-    ema: float | None = _setting(
+    clip_grad_norm: float = setting(35.0, "largest norm of the gradient; 0: any", binds=COURSE, type=amount)
+    ema: float | None = setting(
         None,
         "evaluate and keep an exponential moving average of the weights, too, with this decay, e.g. 0.9998",
         binds=COURSE,
-        type=_number(float, 0, 1),
+        type=number(float, 0, 1),
         metavar="DECAY",
     )
-    patience: int | None = _setting(None, "end after N epochs without a higher AP", type=_positive, metavar="N")
-    max_skipped_steps: int = _setting(
+    patience: int | None = setting(None, "end after N epochs without a higher AP", type=positive, metavar="N")
+    max_skipped_steps: int = setting(
         10,
         "steps of an epoch that may be skipped because a loss or gradient is not finite",
-        type=_not_negative,
+        type=not_negative,
         metavar="N",
     )
-    amp: str | None = _setting(
+    amp: str | None = setting(
         None,
         "mixed precision; without a value fp16",
         binds=COURSE,
@@ -171,49 +262,53 @@ class TrainingConfig:
         const="fp16",
         choices=["fp16", "bf16"],
     )
-    seed: int = _setting(0, "of weights, order, augmentation and sampling", binds=COURSE, type=int)
-    use_deterministic_algorithms: bool = _setting(False, "same bits every run, where torch can; slower")
+    seed: int = setting(0, "of weights, order, augmentation and sampling", binds=COURSE, type=int)
+    use_deterministic_algorithms: bool = setting(False, "same bits every run, where torch can; slower")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """The place of the run, and its reports. The command line settles ``output_dir``."""
 
-    device: str = _setting("auto", "cuda, cpu, ...; auto: cuda if there is one")
-    output_dir: Path = _setting(None, "default: a new folder in runs/, or that of --resume", type=Path)
-    resume: Path | None = _setting(
+    device: str = setting("auto", "cuda, cpu, ...; auto: cuda if there is one")
+    output_dir: Path = setting(None, "default: a new folder in runs/, or that of --resume", type=Path)
+    resume: Path | None = setting(
         None,
         "checkpoint to continue from, or with --test-only to evaluate; its settings replace the defaults. auto: that "
         "of --output-dir, if there is one",
         type=Path,
         metavar="FILE|auto",
     )
-    checkpoint_steps: int | None = _setting(
-        None, "also save every N steps of the optimizer", type=_positive, metavar="N"
+    checkpoint_steps: int | None = setting(None, "also save every N steps of the optimizer", type=positive, metavar="N")
+    checkpoint_minutes: float | None = setting(
+        None, "also save when the last checkpoint is M minutes old", type=amount, metavar="M"
     )
-    checkpoint_minutes: float | None = _setting(
-        None, "also save when the last checkpoint is M minutes old", type=_amount, metavar="M"
+    start_epoch: int = setting(
+        0, "epoch to start counting from", "--start_epoch", binds=COURSE, type=not_negative, metavar="N"
     )
-    start_epoch: int = _setting(
-        0, "epoch to start counting from", "--start_epoch", binds=COURSE, type=_not_negative, metavar="N"
+    test_only: bool = setting(False, "evaluate, do not train")
+    check_data: bool = setting(False, "report on the data and its faults, do not train")
+    dump_proposals: Path | None = setting(
+        None,
+        "write the proposals of all images for libra_fastrcnn, by an RPN or Faster R-CNN, do not train",
+        type=Path,
+        metavar="FILE",
     )
-    test_only: bool = _setting(False, "evaluate, do not train")
-    check_data: bool = _setting(False, "report on the data and its faults, do not train")
-    dry_run: bool = _setting(False, "train, save, continue, evaluate and predict on a few images, then end")
-    replay: Path | None = _setting(
+    dry_run: bool = setting(False, "train, save, continue, evaluate and predict on a few images, then end")
+    replay: Path | None = setting(
         None, "repeat a step that was skipped, from the file that was saved of it", type=Path, metavar="FILE"
     )
-    limit_batches: int | None = _setting(
+    limit_batches: int | None = setting(
         None,
         "steps of an epoch and batches of an evaluation at most, to try things out",
         binds=COURSE,
-        type=_positive,
+        type=positive,
         metavar="N",
     )
-    print_freq: int = _setting(20, "iterations between reports", type=_positive, metavar="N")
-    tensorboard: bool = _setting(False, "also log metrics and the IoUs of sampled negatives for TensorBoard")
-    coco_backend: str = _setting("faster-coco-eval", "computes AP", choices=["faster-coco-eval", "pycocotools"])
-    dist_url: str = _setting("env://", "where processes started by torchrun meet")
+    print_freq: int = setting(20, "iterations between reports", type=positive, metavar="N")
+    tensorboard: bool = setting(False, "also log metrics and the IoUs of sampled negatives for TensorBoard")
+    coco_backend: str = setting("faster-coco-eval", "computes AP", choices=["faster-coco-eval", "pycocotools"])
+    dist_url: str = setting("env://", "where processes started by torchrun meet")
 
 
 @dataclass(frozen=True)
@@ -222,6 +317,8 @@ class Config:
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    libra: LibraConfig = LibraConfig()
+    conventions: ConventionsConfig = ConventionsConfig()
     training: TrainingConfig = TrainingConfig()
     run: RunConfig = RunConfig()
 
@@ -256,14 +353,9 @@ def images_per_step(config: Config) -> int:
 
 def setting_fields() -> dict[str, Any]:
     """The field of each setting by its name."""
-    return {setting.name: setting for group in fields(Config) for setting in fields(group.type)}  # type: ignore[arg-type]
-
-
-def flag_of(name: str) -> str:
-    """The flag of a setting: ``--min-size`` of ``min_size``."""
-    return f"--{name.replace('_', '-')}"
+    return {each.name: each for group in fields(Config) for each in fields(group.type)}  # type: ignore[arg-type]
 
 
 def _part(values: dict[str, Any], group: Any) -> dict[str, Any]:
-    names = {setting.name for setting in fields(group)}
+    names = {each.name for each in fields(group)}
     return {name: value for name, value in values.items() if name in names}

@@ -73,6 +73,11 @@ def announced_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def announced_rank() -> int:
+    """The rank that the launcher announces, which the process may not have taken yet."""
+    return int(os.environ.get("RANK", 0))
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

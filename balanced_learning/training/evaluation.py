@@ -1,6 +1,7 @@
 """COCO's average precision of a set of detections, of each class, and what kinds of error it is lost to."""
 
 import io
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -125,6 +126,11 @@ def evaluate_detections(
     ]
     metrics = {name: _mean(stats[i]) for i, name in enumerate(METRICS)}
     return Evaluation(metrics, _error_kinds(errors, slice(None)), classes)
+
+
+def key_metric(row: Mapping[str, object]) -> str:
+    """The metric that the best epoch has most of: recall of proposals, AP of detections."""
+    return "AR1000" if "AR1000" in row else "AP"
 
 
 def detections_per_image(model: nn.Module) -> int | None:

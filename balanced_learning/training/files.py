@@ -12,6 +12,8 @@ from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from balanced_learning.training.errors import UserError, printable, warn
 
 Write = Callable[[BinaryIO], object]
@@ -120,6 +122,15 @@ def move(path: Path, to: Path) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{printable(path)}: cannot be renamed ({reason_of(error)})") from None
+
+
+def map_array(path: Path, *, to_fill: bool = False) -> np.memmap:
+    """Maps the array of a ``.npy`` file, for reading or for filling it in its place.
+
+    Raises:
+        OSError, ValueError: if that fails. A damaged file may raise anything else.
+    """
+    return np.lib.format.open_memmap(path, mode="r+" if to_fill else "r")
 
 
 @contextmanager

@@ -12,17 +12,14 @@ from torchvision.transforms.v2.functional import to_dtype, to_image
 
 from balanced_learning.training import distributed
 from balanced_learning.training.checkpoint import Checkpoint
-from balanced_learning.training.config import Config
 from balanced_learning.training.data.batching import DetectionLoader
-from balanced_learning.training.data.dataset import Batch, DetectionDataset
+from balanced_learning.training.data.dataset import Batch
 from balanced_learning.training.data.image_files import ImageFiles
 from balanced_learning.training.data.labels import class_name
-from balanced_learning.training.data.splits import read_splits
 from balanced_learning.training.errors import UserError, printable
 from balanced_learning.training.model import make_model
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.reporting.progress import Progress
-from balanced_learning.training.weights import choose_labels
 
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Any:
@@ -40,34 +37,19 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Any:
         ``[3, H, W]`` in [0, 1] and returns torchvision's detections. Its ``categories`` is a dict from label to name.
 
     Raises:
-        UserError: if the file is no checkpoint of the training program.
+        UserError: if the file is no checkpoint of the training program, or is one of a detector that needs proposals.
     """
     checkpoint = Checkpoint.load(Path(path))
+    if checkpoint.config.model.is_fast_rcnn:
+        raise UserError(
+            f"{printable(path)}: of a Fast R-CNN, which finds nothing in images alone: it needs proposals, and is "
+            "evaluated with --test-only --proposals FILE"
+        )
     detector = make_model(checkpoint.config, checkpoint.labels, checkpoint.averaged())
     detector.categories = checkpoint.labels.names
     return detector.to(device).eval()
 
 
-def detector_and_images(config: Config, checkpoint: Checkpoint | None) -> tuple[Any, DetectionDataset]:
-    """Builds the detector that a configuration asks for and reads one batch of the training images that have boxes.
-
-    Returns:
-        The detector in evaluation mode, on the device of the configuration, with the weights of the checkpoint if there
-        is one, and the images with their targets.
-    """
-    device = distributed.start(config.run.device, config.run.dist_url)
-    train, _ = read_splits(config)
-    labels = choose_labels(config, train, checkpoint)
-    if checkpoint:
-        checkpoint.check_data(train, iterations=None)
-    detector = make_model(config, labels, checkpoint and checkpoint.averaged())
-    positions = train.has_boxes().nonzero()[0][: config.training.batch_size]
-    if not len(positions):
-        raise UserError(f"{train.json_file}: no image has a box")
-    return detector.to(device).eval(), DetectionDataset(train, labels.label_of, positions)
-
-
-@torch.inference_mode()
 def predict(
     model: nn.Module,
     loader: DetectionLoader,
@@ -75,24 +57,40 @@ def predict(
     print_freq: int,
     after_batch: Callable[[Batch | None], None] = lambda _: None,
 ) -> dict[int, dict[str, Tensor]]:
-    """Returns the detections of each image by its id, of all processes, on the CPU.
+    """Returns the detections of each image by its id, of all processes, on the CPU; for the rest see :func:`detect`."""
+    progress = Progress("evaluation", print_freq, is_main=distributed.is_main())
+    return distributed.union_over_processes(dict(detect(model, loader, precision, progress, after_batch)))
+
+
+@torch.inference_mode()
+def detect(
+    model: nn.Module,
+    loader: DetectionLoader,
+    precision: Precision,
+    progress: Progress,
+    after_batch: Callable[[Batch | None], None],
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yields the id and the detections of each image of this process, on the CPU.
+
+    A detector that takes its proposals from the targets gets these, too.
 
     ``after_batch`` is called equally often on every process: with ``None`` where it has no batch left.
     """
     model.eval()
-    progress = Progress("evaluation", print_freq, is_main=distributed.is_main())
     rounds = max(distributed.gather(len(loader)))
-    detections = {}
+    needs_targets = loader.dataset.proposals is not None
     with closing(iter(loader)) as batches:
         for batch in progress.over(batches, len(loader), images=distributed.world_size()):
-            with precision():
-                outputs = model(batch.to(precision.device).images) if batch.images else []
+            outputs = []
+            if batch.images:
+                on_device = batch.to(precision.device)
+                with precision():
+                    outputs = model(on_device.images, *([on_device.targets] if needs_targets else []))
             for image_id, output in zip(batch.image_ids(), outputs, strict=True):
-                detections[image_id] = {name: value.float().cpu() for name, value in output.items()}
+                yield image_id, {name: value.float().cpu() for name, value in output.items()}
             after_batch(batch)
     for _ in range(rounds - len(loader)):
         after_batch(None)
-    return distributed.union_over_processes(detections)
 
 
 class Prediction(NamedTuple):

@@ -11,11 +11,12 @@ from balanced_learning.training.checkpoint import NEWEST
 from balanced_learning.training.config import images_per_step
 from balanced_learning.training.data.batching import DetectionLoader
 from balanced_learning.training.errors import SharedError, warn
+from balanced_learning.training.exchange import Exchange
 from balanced_learning.training.faults import Fault
 from balanced_learning.training.inference import predict
 from balanced_learning.training.reporting.progress import Progress
 from balanced_learning.training.run import HINTS, Run
-from balanced_learning.training.signals import Stopped, StopSignals
+from balanced_learning.training.signals import StopSignals
 from balanced_learning.training.step import Stepper
 
 
@@ -32,13 +33,9 @@ class Loop:
         self.run = run
         self.train_loader = train_loader
         self.val_loader = val_loader
-        self.signals = signals
         self.stepper = Stepper(run, self._report)
-        self.agreement = distributed.Agreement()
-        self._is_stopping = False  # as all processes know
+        self.exchange = Exchange(signals, run.config.data.max_unreadable)
         self._is_save_asked = False
-        self._found: set[str] = set()  # a line for each image that this process could not read, not told yet
-        self._unreadable: set[str] = set()  # those of all processes that are told
 
     def train_epoch(self) -> None:
         """Trains the rest of the epoch, and saves.
@@ -56,15 +53,15 @@ class Loop:
             images = images_per_step(run.config)
             for batch in progress.over(batches, run.iterations, self._status, done=run.step, images=images):
                 self.stepper(batch)
-                is_save_due = self._hear(self._ask(batch.unreadable, save=self._is_late()))
+                is_save_due = self._tell(batch.unreadable, save=self._is_late())
                 every = run.config.run.checkpoint_steps
                 is_save_due |= bool(every and (run.epoch * run.iterations + run.step) % every == 0)
-                if run.step < run.iterations and (is_save_due or self._is_stopping):
+                if run.step < run.iterations and (is_save_due or self.exchange.is_stopping):
                     # Weights after which a step goes wrong may be bad: they must not take the place of good ones.
-                    if self.stepper.finish() or self._is_stopping:
+                    if self.stepper.finish() or self.exchange.is_stopping:
                         self._save()
                     self._stop_if_asked()
-        self._hear(self.agreement.finish())
+        self._hear(self.exchange.finish())
         self._save()
         self._stop_if_asked()
 
@@ -80,40 +77,26 @@ class Loop:
         run = self.run.config.run
 
         def hear(batch: Any) -> None:
-            self._hear(self._ask(batch.unreadable if batch else []))
+            self._tell(batch.unreadable if batch else [])
             self._stop_if_asked()
 
         detections = predict(model, self.val_loader, self.run.precision, run.print_freq, after_batch=hear)
-        self._hear(self.agreement.finish())
+        self._hear(self.exchange.finish())
         self._stop_if_asked()
         return detections
 
-    def _ask(self, unreadable: list[str], *, save: bool = False) -> dict[str, float]:
-        self._found |= set(unreadable) - self._unreadable
+    def _tell(self, unreadable: list[str], *, save: bool = False) -> bool:
+        """Tells the other processes, and returns whether to save, as all know."""
         self._is_save_asked |= save
-        stop = self.signals.received is not None
-        return self.agreement.exchange(stop=stop, save=save, unreadable=len(self._found))
+        return self._hear(self.exchange.tell(unreadable, save=save))
 
-    def _hear(self, asked: dict[str, float]) -> bool:
-        """Takes in what all processes ask together, and returns whether to save."""
-        self._is_stopping |= bool(asked.get("stop"))
-        if asked.get("unreadable"):
-            new = set().union(*distributed.gather(self._found)) - self._unreadable
-            self._found.clear()
-            self._unreadable |= new
-            for line in sorted(new) if distributed.is_main() else ():
-                warn(line)
-        limit = self.run.config.data.max_unreadable
-        if len(self._unreadable) > limit:
-            raise SharedError(f"{len(self._unreadable)} images cannot be read, more than --max-unreadable {limit}")
-        is_save_due = bool(asked.get("save"))
+    def _hear(self, told: dict[str, float]) -> bool:
+        is_save_due = bool(told.get("save"))
         self._is_save_asked &= not is_save_due
         return is_save_due
 
     def _stop_if_asked(self) -> None:
-        if self._is_stopping:
-            signal = self.signals.received or "a signal to another process"
-            raise Stopped(f"stopped by {signal} in {self.run.place()}; go on with --resume {self.run.folder / NEWEST}")
+        self.exchange.stop_if_asked(f"in {self.run.place()}; go on with --resume {self.run.folder / NEWEST}")
 
     def _is_late(self) -> bool:
         minutes = self.run.config.run.checkpoint_minutes

@@ -1,5 +1,6 @@
 """The detector that a configuration asks for."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,10 +9,15 @@ from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection._utils import overwrite_eps
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from balanced_learning import BalancedFeaturePyramid, BalancedL1Loss, IoUBalancedSampler
 from balanced_learning.detection import apply_libra, libra_fasterrcnn, libra_retinanet
+from balanced_learning.detection.conventions import apply_conventions
+from balanced_learning.detection.normalization import FrozenStatisticsBatchNorm2d
+from balanced_learning.detection.proposals import first_stage, second_stage
+from balanced_learning.detection.stages import WeightedLoss
 from balanced_learning.training import distributed, randomness
 from balanced_learning.training.checkpoint import Checkpoint
-from balanced_learning.training.config import Config, ModelConfig
+from balanced_learning.training.config import Config, ConventionsConfig, ModelConfig
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.small import small_fasterrcnn, small_retinanet
@@ -53,7 +59,7 @@ def prepare(model: Any, config: ModelConfig, device: torch.device) -> Any:
 
 
 def build_model(config: Config, num_classes: int) -> FasterRCNN | RetinaNet:
-    """Builds Libra Faster R-CNN or Libra RetinaNet, or what is left of it with parts switched off.
+    """Builds Libra Faster R-CNN, one of its stages or Libra RetinaNet, or what is left of it with parts switched off.
 
     Nothing is read or downloaded: but for the values of its weights, the detector is as it will be with those that it
     starts from.
@@ -63,12 +69,17 @@ def build_model(config: Config, num_classes: int) -> FasterRCNN | RetinaNet:
         num_classes: background included.
 
     Raises:
-        UserError: for a backbone that there is not, or not with as many stages to train.
+        UserError: for a backbone that there is not, or not with as many stages to train, and for settings that a
+            detector of this kind does not have.
     """
     detector = _build(config, num_classes)
+    if config.model.is_rpn:
+        first_stage(detector)
+    elif config.model.is_fast_rcnn:
+        second_stage(detector)
     detector.transform.__class__ = ResizingFirst
-    if isinstance(detector, FasterRCNN):
-        _settle_strides(detector.roi_heads.box_roi_pool)
+    if pool := getattr(getattr(detector, "roi_heads", None), "box_roi_pool", None):
+        _settle_strides(pool)
     return detector
 
 
@@ -79,33 +90,108 @@ def _settle_strides(pool: MultiScaleRoIAlign) -> None:
     small, padded images it takes wrong ones.
     """
     size = 256
-    levels = {name: torch.zeros(1, 1, size >> level, size >> level) for level, name in enumerate(pool.featmap_names, 2)}
-    pool(levels, [torch.zeros(0, 4)], [(size, size)])
+    with torch.device("cpu"):  # a model may be made without memory
+        sides = {name: size >> level for level, name in enumerate(pool.featmap_names, 2)}
+        pool({name: torch.zeros(1, 1, side, side) for name, side in sides.items()}, [torch.zeros(0, 4)], [(size, size)])
 
 
 def _build(config: Config, num_classes: int) -> FasterRCNN | RetinaNet:
     model = config.model
-    is_rcnn = model.model == "libra_fasterrcnn"
     parts: dict[str, Any] = {
         "pyramid": model.pyramid,
-        "box_loss": model.box_loss,
+        "box_loss": _box_loss(config),
         "path_aggregation": model.path_aggregation,
     }
-    options: dict[str, Any] = {"min_size": model.min_size, "max_size": model.max_size}
-    options["_skip_resize"] = config.data.data_augmentation in ("multiscale", "lsj")  # they decide the size in training
-    if is_rcnn:
-        parts |= {"sampler": model.sampler, "rpn": model.rpn}
-        options |= {"rpn_score_thresh": model.rpn_score_thresh}
-    if model.small:
-        return apply_libra((small_fasterrcnn if is_rcnn else small_retinanet)(num_classes, **options), **parts)
-
-    options |= parts
-    if model.weights or model.weights_backbone:  # what torchvision's builders do to a backbone with weights
-        options |= {"norm_layer": FrozenBatchNorm2d, "trainable_backbone_layers": 3}
-    if model.trainable_backbone_layers is not None:
-        options["trainable_backbone_layers"] = model.trainable_backbone_layers
-    build = libra_fasterrcnn if is_rcnn else libra_retinanet
+    if not model.is_retinanet:
+        parts |= {"sampler": model.sampler, "rpn": model.balances_rpn}
+    options = _torchvisions_options(config)
     try:
-        return build(backbone_name=model.backbone, weights_backbone=None, num_classes=num_classes, **options)
+        if model.small:
+            make = small_retinanet if model.is_retinanet else small_fasterrcnn
+            detector = apply_libra(make(num_classes, **options), **parts)
+        else:
+            build = libra_retinanet if model.is_retinanet else libra_fasterrcnn
+            options |= parts | {"backbone_name": model.backbone, "weights_backbone": None}
+            detector = build(num_classes=num_classes, **_backbone_options(config), **options)
     except ValueError as error:
         raise UserError(f"--backbone {model.backbone}: {error}") from None
+    _tune_parts(detector, config)
+    try:
+        return apply_conventions(detector, **_conventions(config))
+    except ValueError as error:
+        raise UserError(f"--model {model.model}: {error}") from None
+
+
+def _torchvisions_options(config: Config) -> dict[str, Any]:
+    """The arguments of torchvision's detectors."""
+    model, conventions = config.model, config.conventions
+    options: dict[str, Any] = {"min_size": model.min_size, "max_size": model.max_size}
+    options["_skip_resize"] = config.data.data_augmentation in ("multiscale", "lsj")  # they decide the size in training
+    limit = conventions.detections_per_image
+    if model.is_retinanet:
+        return options | ({} if limit is None else {"detections_per_img": limit})
+    options |= {"rpn_score_thresh": model.rpn_score_thresh, "box_detections_per_img": limit}
+    for when in ("pre_nms_top_n_train", "pre_nms_top_n_test", "post_nms_top_n_train", "post_nms_top_n_test"):
+        options[f"rpn_{when}"] = getattr(conventions, f"rpn_{when}")
+    return {name: value for name, value in options.items() if value is not None}
+
+
+_NORMS = {"batch": nn.BatchNorm2d, "frozen": FrozenBatchNorm2d, "frozen_statistics": FrozenStatisticsBatchNorm2d}
+
+
+def _backbone_options(config: Config) -> dict[str, Any]:
+    model, norm = config.model, config.conventions.norm
+    options: dict[str, Any] = {}
+    if model.weights or model.weights_backbone:  # what torchvision's builders do to a backbone with weights
+        options |= {"norm_layer": FrozenBatchNorm2d, "trainable_backbone_layers": 3}
+    if norm:
+        options["norm_layer"] = _NORMS[norm]
+    if model.trainable_backbone_layers is not None:
+        options["trainable_backbone_layers"] = model.trainable_backbone_layers
+    return options
+
+
+def _box_loss(config: Config) -> nn.Module | bool:
+    """The box loss of the second stage, or of RetinaNet; False: torchvision's own."""
+    libra, is_retinanet = config.libra, config.model.is_retinanet
+    if config.model.box_loss:
+        beta = (0.11 if is_retinanet else 1.0) if libra.beta is None else libra.beta
+        loss: nn.Module = BalancedL1Loss(libra.alpha, libra.gamma, beta, reduction="sum")
+    elif libra.beta is None and libra.box_loss_weight == 1:
+        return False
+    else:
+        beta = (0.0 if is_retinanet else 1 / 9) if libra.beta is None else libra.beta
+        loss = nn.SmoothL1Loss(reduction="sum", beta=beta)
+    return loss if libra.box_loss_weight == 1 else WeightedLoss(loss, libra.box_loss_weight)
+
+
+def _tune_parts(detector: Any, config: Config) -> None:
+    """Gives the parts that the paper's setting chose for the detector the settings of the run."""
+    libra = config.libra
+    for stage in () if config.model.is_retinanet else (detector.rpn, detector.roi_heads):
+        if isinstance(stage.fg_bg_sampler, IoUBalancedSampler):
+            stage.fg_bg_sampler = replace(
+                stage.fg_bg_sampler, num_bins=libra.num_bins, instance_balanced=libra.instance_balanced
+            )
+    if config.model.pyramid and (libra.refine, libra.pyramid_init) != ("non_local", "zero"):
+        bfp = detector.backbone.bfp
+        refine = None if libra.refine == "none" else libra.refine
+        detector.backbone.bfp = BalancedFeaturePyramid(
+            bfp.in_channels, refine_level=bfp.refine_level, refine=refine, init=libra.pyramid_init
+        )
+
+
+def _conventions(config: Config) -> dict[str, Any]:
+    """The arguments of :func:`apply_conventions`."""
+    libra, conventions = config.libra, config.conventions
+    names = [
+        *("anchors", "init", "roi_aligned", "roi_sampling_ratio", "rpn_allowed_border"),
+        *("rpn_max_negatives_per_positive", "p6_from", "p7_relu", "loss_normalizer"),
+    ]
+    options = {name: getattr(conventions, name) for name in names}
+    beta = conventions.rpn_beta
+    if config.model.balances_rpn and config.model.box_loss:
+        options["rpn_box_loss"] = BalancedL1Loss(libra.alpha, libra.gamma, beta, reduction="sum")
+    elif beta != ConventionsConfig.rpn_beta:
+        options["rpn_box_loss"] = nn.SmoothL1Loss(reduction="sum", beta=beta)
+    return options

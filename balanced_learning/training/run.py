@@ -12,6 +12,7 @@ from balanced_learning.training.checkpoint import BEST, NEWEST, Checkpoint, Posi
 from balanced_learning.training.config import Config, images_per_step
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError, warn
+from balanced_learning.training.evaluation import key_metric
 from balanced_learning.training.faults import Fault
 from balanced_learning.training.optimization import (
     Precision,
@@ -177,9 +178,8 @@ class Run:
         self.save()
 
     def epochs_since_best(self) -> int | None:
-        """How many epochs ago AP was highest; None if there is no AP."""
-        aps = [(row["AP"], -i) for i, row in enumerate(self.history) if row.get("AP") is not None]
-        return len(self.history) - 1 + max(aps)[1] if aps else None
+        """How many epochs ago the key metric was highest; None if there is none."""
+        return epochs_since_best(self.history)
 
     def is_over(self) -> bool:
         """Whether all epochs are trained, or AP has not grown for too long."""
@@ -201,6 +201,13 @@ class Run:
     def place(self) -> str:
         """Where the run is, in words."""
         return f"epoch {self.epoch} after {self.step} of {self.iterations} steps"
+
+
+def epochs_since_best(history: list[dict[str, Any]]) -> int | None:
+    """How many epochs before the last row the key metric was highest; None if there is none."""
+    values = [(row.get(key_metric(row)), -i) for i, row in enumerate(history)]
+    known = [(value, i) for value, i in values if value is not None]
+    return len(history) - 1 + max(known)[1] if known else None
 
 
 def _means(total: dict[str, float]) -> dict[str, float]:

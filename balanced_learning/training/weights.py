@@ -12,15 +12,22 @@ from torchvision.models.detection._utils import overwrite_eps
 
 from balanced_learning.training import distributed
 from balanced_learning.training.checkpoint import NORM_EPS, Checkpoint
-from balanced_learning.training.config import Config, ModelConfig, flag_of
+from balanced_learning.training.config import Config, ModelConfig
 from balanced_learning.training.data.coco import Split
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError, printable
+from balanced_learning.training.settings import flag_of
 from balanced_learning.training.state_dicts import find_state_dict, load, read_tensors
 
 State = dict[str, Tensor]
 
-_OFFERED = {"libra_fasterrcnn": FasterRCNN_ResNet50_FPN_Weights, "libra_retinanet": RetinaNet_ResNet50_FPN_Weights}
+_OFFERED = {
+    "libra_fasterrcnn": FasterRCNN_ResNet50_FPN_Weights,
+    "libra_retinanet": RetinaNet_ResNet50_FPN_Weights,
+    "libra_fastrcnn": FasterRCNN_ResNet50_FPN_Weights,
+    "libra_rpn": FasterRCNN_ResNet50_FPN_Weights,
+}
+_OTHER_STAGE = {"libra_fastrcnn": ("rpn.",), "libra_rpn": ("roi_heads.",)}
 _COCO_OUTPUTS = {"roi_heads.box_predictor.cls_score.bias": 91, "head.classification_head.cls_logits.bias": 9 * 91}
 _PREDICTORS = ("roi_heads.box_predictor.", "head.classification_head.cls_logits.")  # all that depends on the classes
 _NECKS = ("backbone.bfp.", "backbone.path_aggregation.")
@@ -41,7 +48,7 @@ def choose_labels(config: Config, split: Split, checkpoint: Checkpoint | None) -
     """
     if checkpoint:
         return checkpoint.labels
-    if not config.model.weights:
+    if not config.model.weights or config.model.is_rpn:  # whose only label is that of all objects
         return Labels.of(split)
     weights = DetectorWeights.read(config.model)
     unknown = weights.unknown(split.categories.values())
@@ -130,16 +137,17 @@ class DetectorWeights:
         Raises:
             UserError: if they cannot be downloaded or do not fit; names the first misfit, and the flags that would fit.
         """
-        unknown = self.unknown(labels.names.values())
+        unknown = None if config.is_rpn else self.unknown(labels.names.values())
         predictors = _PREDICTORS if unknown else ()
         whole = self.state()
-        state = {key: value for key, value in whole.items() if not key.startswith(_OTHER_TASKS + predictors)}
+        others = _OTHER_TASKS + _OTHER_STAGE.get(config.model, ())
+        state = {key: value for key, value in whole.items() if not key.startswith(others + predictors)}
         missing = load(model, state, self.flag, may_miss=_NECKS + predictors, hint=self._what_fits(whole, config))
         overwrite_eps(model, self.norm_eps)
         said = f"{self.flag}: takes {_parts(key for key in model.state_dict() if key not in missing)}"
         if missing:
             said += f"; starts anew: {_parts(missing)}" + (f" ({unknown})" if unknown else "")
-        if other := [key for key in whole if key.startswith(_OTHER_TASKS)]:
+        if other := [key for key in whole if key.startswith(others)]:
             said += f"; leaves out: {_parts(other)}"
         return said
 

@@ -47,8 +47,11 @@ def test_heat_is_that_of_what_goes_through_the_pyramid(options, names):
     assert list(levels) == names
     for i, (before, after) in enumerate(zip(seen["before"].values(), seen["after"].values(), strict=True)):
         size = before.shape[2:]
-        resize = F.interpolate if i < bfp.refine_level else F.adaptive_max_pool2d
-        expected = [heat(before), heat(before + resize(seen["average"], size)), heat(after)]
+        there, back = F.interpolate, F.adaptive_max_pool2d
+        if i < bfp.refine_level:
+            there, back = back, there
+        rescaled = there(before, seen["average"].shape[2:])
+        expected = [heat(before), heat(rescaled), heat(before + back(seen["average"], size)), heat(after)]
         torch.testing.assert_close(levels[names[i]], expected, rtol=1e-3, atol=1e-4)
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from balanced_learning.training.checkpoint import Position, save
-from balanced_learning.training.command_line import make_parser, read_command_line
+from balanced_learning.training.command_line import read_command_line
 from balanced_learning.training.config import Config
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.evaluation import ErrorKind, Evaluation
+from balanced_learning.training.flags import make_parser
 from balanced_learning.training.model import build_model
 from balanced_learning.training.tide import KINDS, SPECIAL_KINDS
 

@@ -267,7 +267,7 @@ def test_settings_of_another_type_are_no_settings(edit, config):
         ("lr", math.inf, "lr must be at least 0, got inf"),
         ("lr", 10**400, "lr must be at least 0"),
         ("small", 1, "small must be true or false, got 1"),
-        ("model", "yolo", "model must be one of libra_fasterrcnn, libra_retinanet, got 'yolo'"),
+        ("model", "yolo", "model must be one of libra_fasterrcnn, .*, libra_rpn, got 'yolo'"),
         ("model", None, "model must be a text, got None"),
         ("lr_steps", [3], "lr_steps must be a list"),
         ("lr_steps", (3, -1), "lr_steps must be at least 0, got -1"),

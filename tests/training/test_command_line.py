@@ -6,10 +6,12 @@ import pytest
 from torch import nn
 
 from balanced_learning.training.checkpoint import save
-from balanced_learning.training.command_line import lr_note, make_parser, read_command_line, read_recipe
+from balanced_learning.training.command_line import lr_note, read_command_line
 from balanced_learning.training.config import Config, setting_fields
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
+from balanced_learning.training.flags import make_parser
+from balanced_learning.training.recipe import Recipe
 from tests.training.small import FIRST_EPOCH, config_of
 
 # The flags of torchvision's reference script and of this library, which keep their names.
@@ -66,15 +68,20 @@ def test_without_data_the_recipe_is_shapes_and_flags_go_before_it():
 def test_a_recipe_of_ones_own(tmp_path):
     file = tmp_path / "own.toml"
     file.write_text('[training]\nlr_steps = [1, 2]\nepochs = 3\n[model]\nsampler = false\nweights_backbone = "none"\n')
-    assert read_recipe(str(file)) == {"lr_steps": (1, 2), "epochs": 3, "sampler": False, "weights_backbone": None}
+    assert Recipe.read(str(file)).settings == {
+        "lr_steps": (1, 2),
+        "epochs": 3,
+        "sampler": False,
+        "weights_backbone": None,
+    }
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[training]\nlearning_rate = 1", r"\[training\] has no setting 'learning_rate'"),
-        ("[optimizer]\nlr = 1", "'optimizer' is none of its tables, data, model, training, run"),
-        ("epochs = 1", "'epochs' is none of its tables"),
+        ("[optimizer]\nlr = 1", "'optimizer' is none of its tables, data, model, libra, conventions, training, run"),
+        ("epochs = 1", "'epochs' is none of its keys, base, about, note, and no table"),
         ("[training]\nepochs = 0", "--epochs: must be at least 1, got 0"),
         ("[training]\nopt = 'magic'", "--opt: invalid choice"),
         ("[training]\namp = true", r"\[training\] amp must be one value, got True"),
@@ -90,12 +97,12 @@ def test_a_wrong_recipe_is_told_by_name(tmp_path, text, message):
     file = tmp_path / "own.toml"
     file.write_text(text)
     with pytest.raises(UserError, match=rf"--recipe .*own\.toml: .*{message}"):
-        read_recipe(str(file))
+        Recipe.read(str(file))
 
 
 def test_an_unknown_recipe_tells_those_there_are():
-    with pytest.raises(UserError, match="--recipe magic: no such file, and the library's are shapes"):
-        read_recipe("magic")
+    with pytest.raises(UserError, match="--recipe magic: no such file, nor a recipe that --list-recipes lists"):
+        Recipe.read("magic")
 
 
 def test_the_learning_rate_scales_with_the_processes(monkeypatch):
@@ -135,6 +142,13 @@ OTHER = {
     "lr_steps": ["1"],
     "warmup_factor": ["0.5"],
     "trainable_backbone_layers": ["1"],
+    "refine": ["conv"],
+    "pyramid_init": ["xavier"],
+    "norm": ["batch"],
+    "anchors": ["exact"],
+    "init": ["mmdet"],
+    "p6_from": ["c5"],
+    "loss_normalizer": ["batch"],
 }
 
 
@@ -178,7 +192,14 @@ def test_a_program_that_does_not_train_takes_other_settings_of_training(checkpoi
     ("flags", "message"),
     [
         (["--test-only"], "--test-only: there are no trained weights"),
-        (["--model", "libra_retinanet", "--rpn"], "--rpn: RetinaNet has no RPN"),
+        (["--model", "libra_retinanet", "--rpn"], "--rpn: libra_retinanet has no RPN"),
+        (["--model", "libra_fastrcnn", "--rpn"], "--rpn: libra_fastrcnn has no RPN"),
+        (["--model", "libra_fastrcnn"], "--model libra_fastrcnn: pass --proposals"),
+        (["--proposals", "x.npy"], "--proposals x.npy: --model libra_fasterrcnn has its own"),
+        (["--beta", 0], "--beta 0: balanced L1 needs one above 0; L1 is --no-box-loss --beta 0"),
+        (["--rpn", "--rpn-beta", 0], "--rpn-beta 0: balanced L1 needs one above 0"),
+        (["--dump-proposals", "x.npy"], "--dump-proposals: there are no trained weights"),
+        (["--dump-proposals", "x.npy", "--model", "libra_retinanet"], "--dump-proposals: .* has no RPN"),
         (["--opt", "sgd_nesterov", "--momentum", 0], "--momentum 0: --opt sgd_nesterov needs one"),
         (["--sync-bn", "--accumulation-steps", 2], "--sync-bn: not with --accumulation-steps"),
         (["--dry-run", "--check-data"], "--dry-run: it trains; leave --check-data out"),

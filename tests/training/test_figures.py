@@ -1,8 +1,9 @@
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from balanced_learning import IoUBalancedSampler
+from balanced_learning import BalancedL1Loss, IoUBalancedSampler
 from balanced_learning.detection.imbalance import MatchedProposals, bin_edges, interval_edges
 from balanced_learning.training.data.coco import read_split
 from balanced_learning.training.data.dataset import DetectionDataset
@@ -143,6 +144,27 @@ def test_curves_have_whole_epochs_and_legends_beside_the_axes(tmp_path, kept, nu
     assert [line.get_label() for line in figure.axes[1].lines] == ["AP", "AP50", "AP75"]
 
 
+def test_losses_are_drawn_with_their_gradients_and_smooth_l1_is_dashed(tmp_path, kept):
+    smooth = {"smooth L1": nn.SmoothL1Loss()}
+    rows = [smooth | {"ours": BalancedL1Loss()}, smooth | {str(i): BalancedL1Loss(gamma=1.0 + i) for i in range(5)}]
+    figures.save_losses(tmp_path / "losses.png", rows, 1.0)
+    (figure,) = kept
+    gradient, value, *_ = figure.axes
+    of_errors = [20, 100, 200, 300]  # 0.1, 0.5, 1 and 1.5
+    wanted = {
+        gradient: [[0.1, 0.5, 1, 1], [0.534, 1.178, 1.5, 1.5]],
+        value: [[0.005, 0.125, 0.5, 1], [0.0314, 0.4006, 1.07859, 1.82859]],
+    }
+    for axis, curves in wanted.items():
+        assert axis.lines[0].get_xdata()[of_errors].tolist() == pytest.approx([0.1, 0.5, 1, 1.5])
+        assert [line.get_linestyle() for line in axis.lines[:2]] == ["--", "-"]
+        for line, values in zip(axis.lines, curves, strict=False):
+            assert [line.get_ydata()[i] for i in of_errors] == pytest.approx(values, abs=1e-3)
+    for axis, losses in zip(figure.axes[1::2], rows, strict=True):
+        assert [text.get_text() for text in axis.get_legend().get_texts()] == list(losses)
+        assert axis.get_legend().get_window_extent().x1 <= figure.bbox.x1
+
+
 @pytest.mark.parametrize("sampler", [IoUBalancedSampler(), IoUBalancedSampler(num_bins=5, floor_iou=0.1, max_iou=None)])
 def test_bars_lie_between_the_edges_and_the_sampler_s_bins_are_marked(tmp_path, kept, sampler):
     edges = interval_edges(sampler, at_least=10)
@@ -171,11 +193,11 @@ def test_sampled_boxes_are_drawn_for_any_number_of_bins(tmp_path, num_bins):
 
 def test_the_pyramid_outlines_the_ground_truth_on_image_and_levels(tmp_path, kept):
     heat = torch.rand(30, 40)
-    levels = {"P2": [heat] * 3, "P3": [heat] * 3}
+    levels = {"P2": [heat] * 4, "P3": [heat] * 4}
     boxes = torch.tensor([[20.0, 20, 60, 50]])
     figures.save_pyramid(tmp_path / "pyramid.png", torch.zeros(3, 60, 80), boxes, [heat] * 2, levels, "FPN")
     panels = [axis for axis in kept[0].axes if axis.images]
-    assert len(panels) == 9
+    assert len(panels) == 11
     for axis in panels:
         (patch,) = axis.patches
         assert patch.get_bbox().extents.tolist() == [20, 20, 60, 50]
@@ -185,7 +207,7 @@ def test_the_pyramid_outlines_the_ground_truth_on_image_and_levels(tmp_path, kep
 @pytest.mark.parametrize("size", [(1, 2000), (2000, 1)])
 def test_strips_make_no_endless_figures(tmp_path, size):
     heat = torch.rand(4, 4)
-    levels = {"P2": [heat] * 3, "P3": [heat] * 3}
+    levels = {"P2": [heat] * 4, "P3": [heat] * 4}
     boxes = torch.tensor([[0.0, 0, 1, 1]])
     figures.save_pyramid(tmp_path / "p.png", torch.rand(3, *size), boxes, [heat] * 2, levels, "FPN")
     nothing = torch.zeros(1, dtype=torch.int64)

@@ -12,7 +12,7 @@ TRAINING = Path(balanced_learning.training.__file__).parent
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EXCEPT = {
     "distributed.py": {"open"},  # the null device
-    "files.py": {"fdopen", "link", "mkdir", "open", "rename", "replace"},  # the one place
+    "files.py": {"fdopen", "link", "mkdir", "open", "open_memmap", "rename", "replace"},  # the one place
     "opening.py": {"fdopen", "open"},  # reads
     "output_folder.py": {"ftruncate", "mkdir", "open", "pwrite"},  # the lock
     "shapes.py": {"mkdir"},  # in a new folder
@@ -42,7 +42,8 @@ def writes(source: str) -> Iterator[str]:
             or (name in OTHERS and of != "files" and (is_method or name != "write_text"))
             or (of in ("os", "shutil") and name.startswith(("copy", "move", "rename", "replace")))
             or (name == "open" and (of == "os" or any(len(word) < 4 and set(word) & set("wax+") for word in words)))
-            or (name == "memmap" and "r" not in words)
+            or (name in ("memmap", "open_memmap") and set(words) != {"r"})
+            or (name == "load" and {"r+", "w+"} & set(words))
         ):
             yield name
 
@@ -77,6 +78,8 @@ def test_programs_write_in_one_place(path):
         "Path(a).rename(b)",
         "SummaryWriter(folder)",
         "np.memmap(path, np.uint8)",
+        "np.load(path, mmap_mode='r+')",
+        "open_memmap(path, mode='r+' if to_fill else 'r')",
     ],
 )
 def test_a_call_that_writes_is_found(line):
@@ -98,6 +101,7 @@ def test_a_call_that_writes_is_found(line):
         "image.copy()",
         "run.save()",
         "np.memmap(path, np.uint8, mode='r')",
+        "np.load(path, mmap_mode='r')",
     ],
 )
 def test_a_call_that_reads_is_none(line):

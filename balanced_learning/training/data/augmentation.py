@@ -12,11 +12,30 @@ _JITTER_SIDE, _JITTER_SCALES = 1024, (0.1, 2.0)
 _LEAST_CROP = 0.3  # of a side
 
 
+class IoUCrop(v2.RandomIoUCrop):
+    """:class:`torchvision.transforms.v2.RandomIoUCrop` for targets with more than one set of boxes.
+
+    The crop is drawn for the first set. Of each, what has its centre outside becomes empty; torchvision's takes what is
+    so of the first set for what is so of all.
+    """
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if params and isinstance(inpt, tv_tensors.BoundingBoxes):
+            x, y = 0.5 * (inpt[:, 0] + inpt[:, 2]), 0.5 * (inpt[:, 1] + inpt[:, 3])
+            left, top = params["left"], params["top"]
+            right, bottom = left + params["width"], top + params["height"]
+            params = params | {"is_within_crop_area": (left < x) & (x < right) & (top < y) & (y < bottom)}
+        return super().transform(inpt, params)
+
+
 def augmentation(name: str) -> Any:
-    """Returns the policy as a transform of an image and its target together."""
+    """Returns the policy as a transform of an image and its target together.
+
+    Images and boxes are augmented alike whether there are ``proposals`` in the target or not.
+    """
     flip = v2.RandomHorizontalFlip(0.5)
     fill = {tv_tensors.Image: (123, 117, 104), "others": 0}
-    crop = v2.RandomIoUCrop(min_scale=_LEAST_CROP)
+    crop = IoUCrop(min_scale=_LEAST_CROP)
     square = (_JITTER_SIDE, _JITTER_SIDE)
     policies = {
         "none": [],
@@ -30,7 +49,15 @@ def augmentation(name: str) -> Any:
         "ssd": [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=fill), crop, flip],
         "ssdlite": [crop, flip],
     }
-    return v2.Compose([*policies[name], v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
+    return v2.Compose([*policies[name], v2.ClampBoundingBoxes(), _sanitize])
+
+
+def _sanitize(image: Any, target: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Leaves out boxes of less than a pixel with their labels. Torchvision's would take out the same of proposals."""
+    proposals = {name: value for name, value in target.items() if name == "proposals"}
+    rest = {name: value for name, value in target.items() if name != "proposals"}
+    image, rest = v2.SanitizeBoundingBoxes()(image, rest)
+    return image, rest | proposals
 
 
 def fault_when_resized(

@@ -17,6 +17,7 @@ from balanced_learning.training.data.dataset import Batch, DetectionDataset, Sha
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.data.left_out import count_in_words
 from balanced_learning.training.data.loader_processes import ignore_signals, loading
+from balanced_learning.training.data.proposals import ProposalFile
 from balanced_learning.training.errors import UserError
 
 T = TypeVar("T")
@@ -152,14 +153,21 @@ def share_of(batch: list[T], rank: int, world_size: int) -> list[T]:
 
 
 def make_loaders(
-    config: Config, device: torch.device, train: Split, val: Split, labels: Labels
+    config: Config,
+    device: torch.device,
+    train: Split,
+    val: Split,
+    labels: Labels,
 ) -> tuple[DetectionLoader, DetectionLoader]:
     """The loaders of this process's share of the images to train on, and of those to evaluate.
 
+    With a file of proposals, targets have those of their image.
+
     Raises:
-        UserError: if there is nothing to train on.
+        UserError: if there is nothing to train on, or the file cannot be read or lacks an image.
     """
     data, seed = config.data, config.training.seed
+    proposals = ProposalFile.open(data.proposals) if data.proposals else None
     positions = np.arange(len(train.images)) if data.keep_empty else np.flatnonzero(train.has_boxes())
     if not len(positions):
         why = count_in_words(train.causes)
@@ -180,9 +188,17 @@ def make_loaders(
         positions,
         augmentation(data.data_augmentation),
         seed,
-        unreadable="raise" if data.strict_data else "replace",
+        "raise" if data.strict_data else "replace",
+        proposals,
+        data.max_proposals,
     )
-    val_set = DetectionDataset(val, labels.label_of, unreadable="raise" if data.strict_data else "leave out")
+    val_set = DetectionDataset(
+        val,
+        labels.label_of,
+        unreadable="raise" if data.strict_data else "leave out",
+        proposals=proposals,
+        max_proposals=data.max_proposals,
+    )
     images = OneByOne(len(val_set), rank=rank, world_size=world_size)
     return (
         DetectionLoader(train_set, batches, data.workers, device),

@@ -23,6 +23,8 @@ from balanced_learning.training.errors import UserError, warn
 
 Entry = dict[str, Any]
 
+NAMES = ("train2017", "val2017")  # of the halves
+
 
 @dataclass(frozen=True)
 class Split:
@@ -42,6 +44,11 @@ class Split:
     categories: dict[int, str]
     columns: Columns
     causes: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """``train2017`` or ``val2017``."""
+        return self.image_dir.name
 
     @property
     def images(self) -> Sequence[Entry]:
@@ -82,6 +89,13 @@ class Split:
         """
         entry = self.images[position]
         return load_image(self.image_dir / entry["file_name"], (entry["width"], entry["height"]))
+
+    def as_one_category(self) -> "Split":
+        """The same split for detectors that tell objects from the background alone."""
+        category_ids = np.ones_like(self.columns.category_ids)
+        return replace(
+            self, categories={1: "object"}, columns=replace(self.columns, category_ids=category_ids, folder=None)
+        )
 
     def first(self, count: int) -> "Split":
         """The same split with its first images alone."""

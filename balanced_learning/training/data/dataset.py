@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from balanced_learning.training import randomness
 from balanced_learning.training.data.coco import Split
+from balanced_learning.training.data.proposals import ProposalFile
 from balanced_learning.training.errors import UserError, printable
 
 Target = dict[str, Any]
@@ -80,6 +81,9 @@ class Batch(NamedTuple):
 class DetectionDataset(Dataset):
     """Images in [0, 1] with ``boxes`` (xyxy in pixels), ``labels`` and ``image_id``; in batches, uint8 at first.
 
+    With a file of proposals, targets have ``proposals`` [P, 4], too, which are augmented as ``boxes`` are; what is
+    nothing after that is left out.
+
     The augmentation of an image follows from ``seed``, ``epoch`` and the id of the image alone.
 
     Args:
@@ -90,6 +94,8 @@ class DetectionDataset(Dataset):
         seed: of the augmentation.
         unreadable: what becomes of an image of a batch that cannot be read: ``"raise"`` an error, ``"replace"`` it by
             the next one in the data set that can be, or ``"leave out"``.
+        proposals: a file of them that has some for all these images.
+        max_proposals: the most to take of an image, the best ones.
 
     Attributes:
         epoch (int): the epoch to augment for, 0 at first.
@@ -103,13 +109,19 @@ class DetectionDataset(Dataset):
         transforms: Any = None,
         seed: int = 0,
         unreadable: Literal["raise", "replace", "leave out"] = "raise",
+        proposals: ProposalFile | None = None,
+        max_proposals: int = 1000,
     ) -> None:
+        if proposals:
+            proposals.require(split, positions)
         self.split = split
         self.label_of = label_of
         self.positions = range(len(split.images)) if positions is None else positions
         self.transforms = v2.Compose([transforms or v2.Identity(), v2.ToPureTensor()])
         self.seed = seed
         self.unreadable = unreadable
+        self.proposals = proposals
+        self.max_proposals = max_proposals
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -119,12 +131,13 @@ class DetectionDataset(Dataset):
         """Loads an image.
 
         Raises:
-            UserError: if it cannot be decoded, has changed since it was checked, or makes a transform fail.
+            UserError: if it cannot be decoded, has changed since it was checked, or makes a transform fail; or if its
+                proposals are damaged.
         """
-        image, target = self._load(index)
+        image, target = self._load(index, self._proposals_of(index))
         return _in_unit_interval(image), target
 
-    def _load(self, index: int) -> Sample:
+    def _load(self, index: int, proposals: np.ndarray | None) -> Sample:
         position = int(self.positions[index])
         pixels = self.split.load_image(position)
         image_id = self.split.images[position]["id"]
@@ -135,12 +148,25 @@ class DetectionDataset(Dataset):
             xywh = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=image.shape[-2:], dtype=torch.float32)
             xyxy = v2.functional.convert_bounding_box_format(xywh, new_format="XYXY")
             target = {"boxes": v2.functional.clamp_bounding_boxes(xyxy), "labels": labels, "image_id": image_id}
+            if proposals is not None:  # behind the boxes, for transforms that draw go by the first
+                target["proposals"] = _as_boxes(proposals, image)
             with randomness.seeded(self.seed, "augmentation", self.epoch, image_id):
-                return self.transforms(image, target)
+                image, target = self.transforms(image, target)
         except _FAULTS as error:
             path = self.split.image_dir / self.split.images[position]["file_name"]
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(f"{printable(path)} cannot be augmented ({printable(reason)})") from error
+        if proposals is not None:
+            target["proposals"] = _with_area(target["proposals"])
+        return image, target
+
+    def _proposals_of(self, index: int) -> np.ndarray | None:
+        """The proposals for an image as they are in the file."""
+        if self.proposals is None:
+            return None
+        columns, position = self.split.columns, int(self.positions[index])
+        size = int(columns.widths[position]), int(columns.heights[position])
+        return self.proposals.boxes(self.split.name, int(columns.image_ids[position]), self.max_proposals, size)
 
     def __getitems__(self, share: Share) -> Batch | UserError:
         """Returns a batch, or the error: raised in a loader process, it would lose its type."""
@@ -156,9 +182,10 @@ class DetectionDataset(Dataset):
     def _next_readable(self, index: int, unread: list[str]) -> Sample | None:
         """The image, or what comes in its place; adds a line to ``unread`` for each that cannot be read."""
         tries = min(TRIES, len(self)) if self.unreadable == "replace" else 1
-        for i in range(index, index + tries):
+        for i in (i % len(self) for i in range(index, index + tries)):
+            proposals = self._proposals_of(i)  # of which a damaged file is no fault of the image
             try:
-                return self._load(i % len(self))
+                return self._load(i, proposals)
             except UserError as error:
                 if self.unreadable == "raise":
                     raise
@@ -170,3 +197,15 @@ class DetectionDataset(Dataset):
 
 def _in_unit_interval(image: Tensor) -> Tensor:
     return v2.functional.to_dtype(image, torch.float32, scale=True)
+
+
+def _as_boxes(proposals: np.ndarray, image: Tensor) -> Tensor:
+    """A copy as boxes within the image: nobody is to write into the map, where that would end the process."""
+    copy = torch.tensor(proposals)
+    boxes = tv_tensors.BoundingBoxes(copy, format="XYXY", canvas_size=image.shape[-2:])
+    clamped: Tensor = v2.functional.clamp_bounding_boxes(boxes)
+    return clamped
+
+
+def _with_area(boxes: Tensor) -> Tensor:
+    return boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]

@@ -10,13 +10,11 @@ import torch
 from balanced_learning.training import distributed
 from balanced_learning.training.config import Config, ModelConfig
 from balanced_learning.training.data.augmentation import fault_when_resized
-from balanced_learning.training.data.coco import Split, read_split
+from balanced_learning.training.data.coco import NAMES, Split, read_split
 from balanced_learning.training.data.left_out import Cause
 from balanced_learning.training.data.report import decode_all, describe
 from balanced_learning.training.data.shapes import shapes_dataset
 from balanced_learning.training.errors import UserError, printable, warn
-
-NAMES = ("train2017", "val2017")
 
 
 def read_splits(config: Config) -> tuple[Split, Split]:
@@ -24,6 +22,8 @@ def read_splits(config: Config) -> tuple[Split, Split]:
 
     With ``limit_batches``, the images to evaluate are the first ones, as many as its batches of all processes hold.
     With ``check_data``, every image is decoded, and a report is printed.
+
+    For an RPN alone, all categories are one.
 
     Raises:
         UserError: for whatever makes training or evaluation impossible.
@@ -40,6 +40,8 @@ def read_splits(config: Config) -> tuple[Split, Split]:
     if train.categories != val.categories:
         odd = set(train.categories.items()) ^ set(val.categories.items())
         raise UserError(f"{val.json_file}: other categories than in {train.json_file.name}, such as {min(odd)}")
+    if config.model.is_rpn:
+        train, val = train.as_one_category(), val.as_one_category()
     _check_resizing(train, train.has_boxes() | config.data.keep_empty, config.model, config.data.data_augmentation)
     _check_resizing(val, np.ones(len(val.images), bool), config.model)
     _tell_unlearned_categories(train, val)

@@ -18,7 +18,7 @@ from balanced_learning.training.run import Run
 
 
 class TensorBoard:
-    """Writes event files into the folder of a run, and observes the sampler of its second stage, if it has one."""
+    """Writes event files into the folder of a run, and observes the sampler of its second stage, or of an RPN alone."""
 
     def __init__(self, run: Run) -> None:
         try:
@@ -30,8 +30,10 @@ class TensorBoard:
         self.writer: Any = self._open(purge_step=first)  # what earlier processes wrote is written again, or not true
         self.sampler: ObservedSampler | None = None
         model: Any = run.model
-        if hasattr(model, "roi_heads"):
-            self.sampler = model.roi_heads.fg_bg_sampler = ObservedSampler(model.roi_heads.fg_bg_sampler)
+        for stage in (getattr(model, "roi_heads", None), getattr(model, "rpn", None)):
+            if stage is not None and hasattr(stage, "fg_bg_sampler"):
+                self.sampler = stage.fg_bg_sampler = ObservedSampler(stage.fg_bg_sampler)
+                break
 
     def write(self, row: dict[str, Any], picture: Path) -> None:
         """Writes an epoch: its metrics, the picture of its evaluation, and the IoUs of the negatives of its last batch.

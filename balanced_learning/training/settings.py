@@ -1,14 +1,57 @@
-"""Whether a value is one that the flag of a setting could have made, for values that come from elsewhere."""
+"""A setting: a field of a configuration with the arguments of its flag, and the values that it takes."""
 
 import argparse
-from dataclasses import Field
+import math
+from collections.abc import Callable
+from dataclasses import Field, field
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
 from balanced_learning.training.errors import shown
 
+MODEL, COURSE, FREE = "model", "course", "free"
+
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+
+
+def setting(default: Any, help: str, *aliases: str, binds: str = FREE, **arguments: Any) -> Any:
+    """A field with a default, and the arguments of its flag beside those that follow from name and default.
+
+    ``binds`` says which uses of a checkpoint it must agree with: ``MODEL`` settings decide what the weights mean,
+    ``COURSE`` settings how the training goes on.
+    """
+    metadata = {"help": help, "aliases": aliases, "binds": binds, "arguments": arguments}
+    return field(default=default, metadata=metadata)
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """Returns a parser of finite numbers from ``low`` to ``high``."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"must be a {whole}number, got {text!r}") from None
+        if not (low <= value <= high and math.isfinite(value)):
+            bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        return value
+
+    return parse
+
+
+positive, not_negative, amount, above_zero = number(int, 1), number(int, 0), number(float, 0), number(float, 1e-6)
+
+
+def name_or_none(text: str) -> str | None:
+    return None if text.lower() == "none" else text
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting: ``--min-size`` of ``min_size``."""
+    return f"--{name.replace('_', '-')}"
 
 
 def check_value(setting: Field, value: Any) -> None:
