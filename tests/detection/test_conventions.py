@@ -182,6 +182,16 @@ def test_boxes_are_pooled_from_the_level_of_their_size(build, aligned, ratio):
         assert pool(maps_of_three, boxes[1:2] * 3, [(256, 256)] * 3).shape == (0, 8, size, size)
 
 
+def test_a_level_without_boxes_has_a_gradient_of_zeros(build):
+    """Without one, a process whose images have no large boxes would keep the others waiting."""
+    model = apply_conventions(build("fasterrcnn"), roi_aligned=True)
+    maps = {str(i): torch.randn(1, 8, 64 >> i, 64 >> i, requires_grad=True) for i in range(4)}
+    pooled = model.roi_heads.box_roi_pool(maps, [torch.tensor([[8.0, 8, 40, 40]])], [(256, 256)])
+    finest, *others = torch.autograd.grad(pooled.sum(), list(maps.values()))
+    assert finest.any()
+    assert not any(gradient.any() for gradient in others)
+
+
 def test_an_aligned_bin_takes_the_pixel_at_its_centre(build):
     """By hand: a box around pixel (3, 5) of stride 4, of 7 x 7 bins of one pixel each."""
     model = apply_conventions(build("fasterrcnn"), roi_aligned=True, roi_sampling_ratio=1)
@@ -353,7 +363,7 @@ def test_a_part_of_another_class_is_an_error_before_anything_is_changed(build, k
     owner, _, name = part.rpartition(".")
     setattr(model.get_submodule(owner), name, Other())
     before = [(id(module), type(module)) for module in model.modules()]
-    with pytest.raises(TypeError, match=f"{option} needs a model whose {name} is a .*, got Other"):
+    with pytest.raises(TypeError, match=f"{option} needs a model with .* as its {name}, got Other"):
         apply_conventions(model, **{option: options_of(kind)[option]})
     assert [(id(module), type(module)) for module in model.modules()] == before
 
@@ -361,5 +371,5 @@ def test_a_part_of_another_class_is_an_error_before_anything_is_changed(build, k
 def test_conventions_are_applied_once(build):
     model = apply_conventions(build("retinanet"), anchors="exact")
     assert isinstance(model.anchor_generator, FixedStrideAnchorGenerator)
-    with pytest.raises(TypeError, match="anchors needs a model whose anchor_generator is a AnchorGenerator"):
+    with pytest.raises(TypeError, match="anchors needs a model with AnchorGenerator as its anchor_generator"):
         apply_conventions(model, anchors="rounded")
