@@ -4,6 +4,7 @@ import hashlib
 import json
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def dump(config: Config, path: Path, checkpoint: Checkpoint | None, precision: P
     Raises:
         UserError, Stopped: as :func:`dump_proposals`.
     """
-    splits = read_splits(config)
+    splits = read_splits(replace(config, run=replace(config.run, limit_batches=None)))
     labels = choose_labels(config, splits[0], checkpoint)
     model = make_model(config, labels, checkpoint and checkpoint.averaged()).eval()
     if config.model.model != "libra_rpn":

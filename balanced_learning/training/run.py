@@ -179,9 +179,7 @@ class Run:
 
     def epochs_since_best(self) -> int | None:
         """How many epochs ago the key metric was highest; None if there is none."""
-        values = [(row.get(key_metric(row)), -i) for i, row in enumerate(self.history)]
-        known = [(value, i) for value, i in values if value is not None]
-        return len(self.history) - 1 + max(known)[1] if known else None
+        return epochs_since_best(self.history)
 
     def is_over(self) -> bool:
         """Whether all epochs are trained, or AP has not grown for too long."""
@@ -203,6 +201,13 @@ class Run:
     def place(self) -> str:
         """Where the run is, in words."""
         return f"epoch {self.epoch} after {self.step} of {self.iterations} steps"
+
+
+def epochs_since_best(history: list[dict[str, Any]]) -> int | None:
+    """How many epochs before the last row the key metric was highest; None if there is none."""
+    values = [(row.get(key_metric(row)), -i) for i, row in enumerate(history)]
+    known = [(value, i) for value, i in values if value is not None]
+    return len(history) - 1 + max(known)[1] if known else None
 
 
 def _means(total: dict[str, float]) -> dict[str, float]:

@@ -5,13 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
-from balanced_learning.training.data.proposals import ProposalFile
 
+from balanced_learning.training.data.proposals import ProposalFile
 from balanced_learning.training.recipe import list_recipes
 from examples import train_torchvision_libra
 
 NAMES = [line.split()[0] for line in list_recipes().splitlines()]
 TOY = ["--small", "--min-size", "64", "--max-size", "96", "--limit", "4", "--limit-batches", "1", "-b", "2", "-j", "0"]
+TOY += ["--lr-scheduler", "multisteplr"]  # which leaves the number of epochs open
 
 
 @pytest.fixture(scope="module")

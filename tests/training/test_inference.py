@@ -7,19 +7,19 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resn
 
 from balanced_learning.detection.imbalance import box_errors
 from balanced_learning.training import load_detector
-from balanced_learning.training.checkpoint import Checkpoint, save
+from balanced_learning.training.checkpoint import save
 from balanced_learning.training.data.batching import DetectionLoader, OneByOne
 from balanced_learning.training.data.coco import read_split
 from balanced_learning.training.data.dataset import DetectionDataset
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.data.proposals import ProposalFile, row_type
 from balanced_learning.training.errors import UserError
-from balanced_learning.training.inference import batches_to_measure, detector_and_images, origin_of_weights, predict
+from balanced_learning.training.inference import predict
+from balanced_learning.training.measuring import batches_to_measure, detector_and_images
 from balanced_learning.training.model import build_model, make_model
 from balanced_learning.training.optimization import Precision, make_average
 from examples import train_torchvision_libra
-from tests.training.coco_data import add_images
-from tests.training.small import FIRST_EPOCH, SMALL, config_of, save_untrained
+from tests.training.small import FIRST_EPOCH, SMALL, config_of
 
 
 def test_a_trained_detector_is_loaded_with_its_categories(coco_root, tmp_path):
@@ -91,21 +91,6 @@ def test_a_detector_that_began_with_weights_is_rebuilt_without_them(tmp_path, mo
 
 def refuse(*_, **__):
     raise AssertionError("a download")
-
-
-@pytest.mark.parametrize(("batches", "positions"), [(1, [0, 3]), (2, [0, 1, 3, 5]), (4, list(range(7)))])
-def test_images_to_measure_are_spread_over_the_data(coco_root, batches, positions):
-    add_images(coco_root, "train", 5)
-    _, dataset = detector_and_images(config_of("--data-path", coco_root, *SMALL), None, batches)
-    assert dataset.positions.tolist() == positions
-
-
-def test_what_is_measured_says_whose_weights_it_rests_on(tmp_path):
-    path = save_untrained(tmp_path / "checkpoint.pth")
-    config = config_of("--data-path", "-", *SMALL)
-    assert origin_of_weights(config, Checkpoint.load(path)) == f"weights of {path}, after 1 of 1 epochs"
-    assert "untrained" in origin_of_weights(config, None)
-    assert "of --weights DEFAULT" in origin_of_weights(config_of("--data-path", "-", "--weights", "DEFAULT"), None)
 
 
 class Sees(nn.Module):

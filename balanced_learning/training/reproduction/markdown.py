@@ -1,0 +1,73 @@
+"""A table as Markdown that is to be read as text, too."""
+
+from typing import Any
+
+
+def as_markdown(table: dict[str, Any]) -> str:
+    """The table that a ``table_N.json`` holds: values, differences to the baselines, and notes."""
+    metrics, seeds = table["metrics"], ", ".join(map(str, table["seeds"]))
+    values = [["row", "seeds", *metrics]]
+    values += [
+        [f"{row['label']} (`{row['name']}`)", _status(row), *(_value(row, metric) for metric in metrics)]
+        for row in table["rows"]
+    ]
+    differences = [["row", "against", "seeds", *metrics]]
+    differences += [
+        [
+            row["label"],
+            f"`{row['baseline']}`",
+            f"{len(row['difference'][metrics[0]]['seeds'])}",
+            *(_difference(row["difference"][metric]) for metric in metrics),
+        ]
+        for row in table["rows"]
+        if row["difference"]
+    ]
+    family = "" if table["family"] == "paper" else f" ({table['family']})"
+    parts = [
+        f"# Table {table['table']}{family}: {table['title']}",
+        f"Published on {table['split']} / measured here, in percent. Of several seeds ({seeds}), it is the mean +- the "
+        "sample standard deviation.",
+        _grid(values),
+    ]
+    if len(differences) > 1:
+        caption = "Differences to the baseline: published / measured [95 % interval of the mean over paired seeds]."
+        parts += [caption, _grid(differences)]
+    images = table["images"]
+    made = f"Data: {table['data']}, {images['train']:,} images to train on, {images['val']:,} to evaluate."
+    made += f" Device: {table['device'] or '-'}. Commit: {table['commit'] or '-'}."
+    parts += ["\n".join(f"- {note}" for note in [*table["notes"], made])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _status(row: dict[str, Any]) -> str:
+    """How many seeds are done, and what is not well."""
+    states = [run["status"] for run in row["runs"].values()]
+    counts = [(states.count(state), state) for state in ("failed", "to do")]
+    others = [state if count == len(states) else f"{count} {state}" for count, state in counts if count]
+    done = states.count("finished")
+    return ", ".join([*([f"{done}"] if done else []), *others])
+
+
+def _value(row: dict[str, Any], metric: str) -> str:
+    published = row["published"].get(metric)
+    return f"{_number(published)} / {_number(row['mean'][metric])}" + (
+        "" if row["std"][metric] is None else f" +- {row['std'][metric]:.1f}"
+    )
+
+
+def _difference(difference: dict[str, Any]) -> str:
+    text = f"{_number(difference['published'], '+')} / {_number(difference['mean'], '+')}"
+    interval = difference["interval"]
+    return f"{text} [{interval[0]:+.1f}, {interval[1]:+.1f}]" if interval else text
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.1f}"
+
+
+def _grid(rows: list[list[str]]) -> str:
+    """A table of Markdown whose columns are as wide in the text."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    head, *body = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    lines = [head, ["-" * width for width in widths], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
