@@ -44,7 +44,7 @@ def dump(config: Config, path: Path, checkpoint: Checkpoint | None, precision: P
         splits = read_splits(replace(config, run=replace(config.run, limit_batches=None)))
         labels = choose_labels(config, splits[0], checkpoint)
         model = make_model(config, labels, checkpoint and checkpoint.averaged()).eval()
-        if config.model.model != "libra_rpn":
+        if not config.model.is_rpn:
             first_stage(model)
         signals.stop_together()
         dump_proposals(
