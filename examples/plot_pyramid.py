@@ -27,7 +27,7 @@ from balanced_learning.training.command_line import read_command_line
 from balanced_learning.training.data.images import load_image
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.flags import make_parser
-from balanced_learning.training.inference import detector_and_images
+from balanced_learning.training.measuring import detector_and_images
 from balanced_learning.training.output_folder import find_folder
 from balanced_learning.training.reporting.figures import save_pyramid
 

@@ -6,7 +6,8 @@
 Takes the options of the training script, and some batches of its training images. Prints the share of the negatives in
 each interval of IoU, and above IoU 0.05 beside what the paper says of COCO; writes sampling_ious.png and
 sampling_boxes.png to the output folder. Hard negatives are those that the model takes for objects most; they mean
-something for trained weights only. Where an image has few more negatives than are sampled, all samplers take the same.
+something for trained weights only. Where an image has few more negatives than are sampled, all samplers take the same;
+a --small detector has more with --rpn-pre-nms-top-n-train 1000 --rpn-post-nms-top-n-train 1000.
 """
 
 import argparse
@@ -32,9 +33,10 @@ from balanced_learning.training import randomness
 from balanced_learning.training.command_line import read_command_line
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.flags import make_parser
-from balanced_learning.training.inference import batches_to_measure, detector_and_images, origin_of_weights
+from balanced_learning.training.measuring import batches_to_measure, detector_and_images, origin_of_weights
 from balanced_learning.training.output_folder import find_folder
 from balanced_learning.training.reporting.figures import save_iou_shares, save_sampled_boxes
+from balanced_learning.training.settings import positive
 
 INTERVALS = 10  # of the histogram, or more: it cuts every bin into equally many
 DRAWS = 20  # of each image
@@ -45,7 +47,7 @@ PAPER = {"hard": "> 60 %", "random": "about 30 %"}  # above it, on COCO
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--batches", type=int, default=8, metavar="N", help="of images to measure (default: 8)")
+    parser.add_argument("--batches", type=positive, default=8, metavar="N", help="of images to measure (default: 8)")
     try:
         run(parser.parse_args(argv))
     except UserError as error:
@@ -54,8 +56,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(given: argparse.Namespace) -> None:
     config, checkpoint = read_command_line(given, trains=False)
-    if config.model.model != "libra_fasterrcnn":
-        raise UserError(f"--model {config.model.model}: it trains on all anchors and samples none")
+    if config.model.model not in ("libra_fasterrcnn", "libra_fastrcnn"):
+        raise UserError(f"--model {config.model.model}: it has no second stage that samples proposals")
     if not config.model.sampler:
         raise UserError("--no-sampler: there is no IoU-balanced sampling to draw")
     folder = find_folder(config)

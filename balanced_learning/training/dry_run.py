@@ -43,7 +43,7 @@ def dry_run(config: Config, start: Start) -> None:
         with redirect_stdout(io.StringIO()):
             start(longer, Checkpoint.load(folder / NEWEST))
             _, val = read_splits(longer)
-            if distributed.is_main():
+            if distributed.is_main() and not config.model.is_fast_rcnn:
                 image = val.image_dir / val.images[0]["file_name"]
                 (found,) = predict_files(load_detector(folder / NEWEST), [image], score_thresh=0.5)
                 if isinstance(found, UserError):

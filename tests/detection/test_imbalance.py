@@ -17,6 +17,7 @@ from balanced_learning.detection.imbalance import (
     interval_edges,
     interval_shares,
 )
+from balanced_learning.detection.proposals import second_stage
 from balanced_learning.samplers import iou_bins
 
 
@@ -112,10 +113,13 @@ def iou(a: list[float], b: list[float]) -> float:
     return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
 
-@pytest.mark.parametrize("parts", [None, {}, {"sampler": False}, {"box_loss": False}])
+@pytest.mark.parametrize("parts", [None, {}, {"sampler": False}, {"box_loss": False}, "given proposals"])
 def test_box_errors_are_those_of_a_loop_over_the_sampled_boxes(build, images, targets, parts):
     model = build("fasterrcnn").eval()
-    if parts is not None:
+    if parts == "given proposals":
+        second_stage(apply_libra(model)).eval()
+        targets = [{**target, "proposals": target["boxes"] + torch.tensor([2.0, 3, 4, 5])} for target in targets]
+    elif parts is not None:
         apply_libra(model, **parts)
     seen = {}
     model.roi_heads.box_roi_pool.register_forward_hook(lambda _, args, output: seen.update(boxes=args[1]))
@@ -129,7 +133,7 @@ def test_box_errors_are_those_of_a_loop_over_the_sampled_boxes(build, images, ta
             if label and iou(best, box) >= 0.5:
                 own = deltas[4 * label : 4 * label + 4]
                 wanted.append([p - t for p, t in zip(own, encoded(box, best, (10, 10, 5, 5)), strict=True)])
-    assert len(wanted) >= 5  # the ground truths themselves
+    assert len(wanted) >= (10 if parts == "given proposals" else 5)  # the ground truths themselves
     torch.testing.assert_close(errors, torch.tensor(wanted), rtol=1e-3, atol=1e-4)
     assert not model.training
     assert not model.rpn.training

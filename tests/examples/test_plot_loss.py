@@ -3,6 +3,7 @@ from PIL import Image
 
 from examples import plot_loss
 from tests.training.small import SMALL, save_untrained
+from tests.training.test_proposals import write
 
 
 def test_the_curves_need_neither_data_nor_detector(tmp_path, capsys, monkeypatch):
@@ -16,7 +17,8 @@ def test_the_curves_need_neither_data_nor_detector(tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(
     "options", [[], ["--no-sampler", "--no-box-loss", "--no-pyramid"], ["--model", "libra_retinanet"]]
 )
-def test_a_detector_is_measured_under_each_loss(coco_root, tmp_path, capsys, options):
+def test_a_detector_is_measured_under_each_loss(coco_root, tmp_path, capsys, monkeypatch, options):
+    monkeypatch.setattr(plot_loss, "save_losses", lambda *_: None)
     options = ["--data-path", str(coco_root), *SMALL, "--output-dir", str(tmp_path), *options]
     plot_loss.main([*options, "--alphas", "0.5", "--gammas", "1", "1.5", "--beta", "0.05", "--batches", "1"])
     _, origin, inliers, _, *rows, paper, _ = capsys.readouterr().out.splitlines()
@@ -46,11 +48,9 @@ def test_the_weights_are_those_of_the_checkpoint(coco_root, edit, tmp_path, caps
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--alphas", "0.5", "0"], "alpha must be finite and > 0, got 0.0"),
-        (["--gammas", "inf"], "gamma must be finite and > 0, got inf"),
-        (["--alphas", "0.001"], "gamma / alpha must be at most 80"),
-        (["--beta", "-1"], "beta must be finite and > 0, got -1.0"),
-        (["--batches", "-2", "--recipe", "shapes"], "--batches -2: must be at least 1"),
+        (["--alphas", "0.5", "0.001"], "--alphas, --gammas and --beta: gamma / alpha must be at most 80"),
+        (["--beta", "0"], "--beta 0: balanced L1 needs one above 0"),
+        (["--model", "libra_rpn", "--recipe", "shapes"], "--model libra_rpn: it has no second stage"),
         (["--resume", "missing.pth"], "--resume missing.pth: no such file"),
     ],
 )
@@ -60,3 +60,26 @@ def test_what_cannot_be_drawn_is_named(tmp_path, monkeypatch, options, message):
         plot_loss.main(["--output-dir", str(tmp_path / "out"), *options])
     assert "\n" not in str(ending.value)
     assert not (tmp_path / "out" / "losses.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--alphas", "0.5", "0"], "--alphas: must be at least 1e-06, got 0"),
+        (["--gammas", "inf"], "--gammas: must be at least 1e-06, got inf"),
+        (["--batches", "0"], "--batches: must be at least 1, got 0"),
+    ],
+)
+def test_bad_numbers_are_named(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit):
+        plot_loss.main(["--output-dir", str(tmp_path), *options])
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: argument {message}")
+
+
+def test_a_fast_rcnn_is_measured_on_the_proposals_it_is_given(coco_root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plot_loss, "save_losses", lambda *_: None)
+    boxes = [[5, 5, 34, 24], [0, 0, 40, 40], [30, 20, 60, 40]]
+    file = write(tmp_path / "proposals.npy", {(0, 11): boxes, (0, 12): boxes})
+    options = ["--data-path", str(coco_root), *SMALL, "--model", "libra_fastrcnn", "--proposals", str(file)]
+    plot_loss.main([*options, "--output-dir", str(tmp_path)])
+    assert "the 4 positives of 2 training images" in capsys.readouterr().out

@@ -7,6 +7,14 @@ from balanced_learning.detection.imbalance import interval_edges, interval_share
 from examples import plot_sampling, train_torchvision_libra
 from tests.training.coco_data import add_images
 from tests.training.small import SMALL
+from tests.training.test_proposals import write
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves the pictures out."""
+    monkeypatch.setattr(plot_sampling, "save_iou_shares", lambda *_: None)
+    monkeypatch.setattr(plot_sampling, "save_sampled_boxes", lambda *_: None)
 
 
 def test_the_table_tells_how_much_is_above_a_low_iou_and_of_how_many():
@@ -38,11 +46,11 @@ def test_it_prints_a_table_and_draws_two_pictures(coco_root, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("batches", "num_images"), [(2, 4), (99, 5)])
-def test_as_many_batches_are_measured_as_asked_for(coco_root, tmp_path, capsys, monkeypatch, batches, num_images):
+def test_as_many_batches_are_measured_as_asked_for(
+    coco_root, tmp_path, capsys, monkeypatch, undrawn, batches, num_images
+):
     add_images(coco_root, "train", 3)
     sizes = []
-    monkeypatch.setattr(plot_sampling, "save_iou_shares", lambda *_: None)
-    monkeypatch.setattr(plot_sampling, "save_sampled_boxes", lambda *_: None)
     match = plot_sampling.match_proposals
     monkeypatch.setattr(plot_sampling, "match_proposals", lambda *args: [sizes.append(len(args[1])), match(*args)][1])
     options = ["--data-path", str(coco_root), *SMALL, "--output-dir", str(tmp_path), "--batches", str(batches)]
@@ -62,9 +70,9 @@ def test_real_images(real_data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "libra_retinanet"], "--model libra_retinanet: it trains on all anchors"),
+        (["--model", "libra_retinanet"], "--model libra_retinanet: it has no second stage"),
+        (["--model", "libra_rpn"], "--model libra_rpn: it has no second stage"),
         (["--no-sampler"], "--no-sampler: there is no IoU-balanced sampling to draw"),
-        (["--batches", "0"], "--batches 0: must be at least 1"),
     ],
 )
 def test_what_cannot_be_drawn_is_named(coco_root, tmp_path, options, message):
@@ -78,3 +86,11 @@ def test_a_trained_baseline_is_drawn_with_another_batch_size(coco_root, tmp_path
     plot_sampling.main(["--resume", str(tmp_path / "checkpoint.pth"), "-b", "1", "--sampler"])
     assert (tmp_path / "sampling_ious.png").exists()
     assert f"2 training images; weights of {tmp_path}/checkpoint.pth, after 1 of 1 epochs" in capsys.readouterr().out
+
+
+def test_a_fast_rcnn_is_measured_on_the_proposals_it_is_given(coco_root, tmp_path, capsys, undrawn):
+    boxes = [[5, 5, 34, 24], [0, 0, 40, 40], [30, 20, 60, 40]]
+    file = write(tmp_path / "proposals.npy", {(0, 11): boxes, (0, 12): boxes})
+    options = ["--data-path", str(coco_root), *SMALL, "--model", "libra_fastrcnn", "--proposals", str(file)]
+    plot_sampling.main([*options, "--output-dir", str(tmp_path)])
+    assert "number             4             2             4             4" in capsys.readouterr().out

@@ -5,13 +5,15 @@ import os
 from pathlib import Path
 
 import pytest
-from balanced_learning.training.data.proposals import ProposalFile
 
+from balanced_learning.training.data.proposals import ProposalFile
 from balanced_learning.training.recipe import list_recipes
+from balanced_learning.training.reporting import reports
 from examples import train_torchvision_libra
 
 NAMES = [line.split()[0] for line in list_recipes().splitlines()]
 TOY = ["--small", "--min-size", "64", "--max-size", "96", "--limit", "4", "--limit-batches", "1", "-b", "2", "-j", "0"]
+TOY += ["--lr-scheduler", "multisteplr"]  # which leaves the number of epochs open
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +22,12 @@ def coco_tiny():
     if not root.is_dir():
         pytest.skip("BALANCED_LEARNING_DATA names no folder with coco_tiny")
     return root
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    monkeypatch.setattr(reports, "save_curves", lambda *_: None)
+    monkeypatch.setattr(train_torchvision_libra, "save_evaluation", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

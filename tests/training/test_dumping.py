@@ -1,6 +1,8 @@
+import copy
 import math
 import os
 import signal
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -10,15 +12,22 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
+from balanced_learning.detection.proposals import first_stage, second_stage
 from balanced_learning.training import distributed
 from balanced_learning.training.data import proposal_writer
+from balanced_learning.training.data.batching import make_loaders
 from balanced_learning.training.data.coco import NAMES, read_split
+from balanced_learning.training.data.labels import Labels
+from balanced_learning.training.data.proposal_writer import ProposalWriter
 from balanced_learning.training.data.proposals import ProposalFile
 from balanced_learning.training.dumping import dump_proposals
 from balanced_learning.training.endings import ends_in_one_line
 from balanced_learning.training.errors import SharedError, UserError
+from balanced_learning.training.inference import predict
+from balanced_learning.training.model import build_model
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.signals import EXIT_CODE, Stopped, StopSignals
+from tests.training.small import SMALL, config_of
 from tests.training.toy import run_processes, write_noise
 
 CPU = torch.device("cpu")
@@ -78,6 +87,35 @@ def test_the_file_holds_what_the_detector_proposes_for_every_image(root, tmp_pat
     out = capsys.readouterr().out
     assert "11 images x 6 proposals: 0.0 MB" in out
     assert "proposals of train2017 [7/7]" in out
+
+
+def test_a_fast_rcnn_with_the_file_learns_from_and_finds_what_the_faster_rcnn_does(root, tmp_path):
+    config = config_of("--data-path", root, *SMALL, "--rpn-post-nms-top-n-train", 200)
+    splits = [read_split(root, name) for name in NAMES]
+    whole = build_model(config, 2).eval()
+    whole.roi_heads.score_thresh = 0.0
+    rpn, fast = first_stage(copy.deepcopy(whole)), second_stage(copy.deepcopy(whole))
+    dump(splits, tmp_path / "p.npy", rpn, limit=200)
+    labels, device = Labels.of(splits[0]), torch.device("cpu")
+    _, own = make_loaders(config, device, *splits, labels)
+    given = replace(config, data=replace(config.data, proposals=tmp_path / "p.npy", data_augmentation="none"))
+    loader, val_loader = make_loaders(given, device, *splits, labels)
+    expected, found = (predict(*each, Precision(None, device), 20) for each in ((whole, own), (fast, val_loader)))
+    for image_id, output in found.items():
+        assert len(output["boxes"]) > 50
+        torch.testing.assert_close(output, expected[image_id], rtol=1e-4, atol=1e-3)
+
+    batch = next(iter(loader)).to(device)
+    sampled = []
+    for model in (whole, fast):
+        images, targets = model.transform(batch.images, batch.targets)
+        model.rpn.training = True
+        with torch.no_grad():
+            proposals = model.rpn(images, model.backbone(images.tensors), targets)[0]
+        torch.manual_seed(0)
+        sampled.append(model.roi_heads.select_training_samples(proposals, targets))
+    assert sum(len(boxes) for boxes in sampled[0][0]) > 100
+    torch.testing.assert_close(sampled[0], sampled[1], rtol=1e-4, atol=1e-3)
 
 
 def test_what_is_there_is_not_written_over(root, tmp_path):
@@ -166,6 +204,15 @@ def test_a_row_is_on_the_disk_before_it_counts_as_done(root, tmp_path, monkeypat
     assert (on_disk[-1]["count"] >= 0).all()
 
 
+def test_a_row_that_was_begun_is_filled_anew(root, tmp_path):
+    begun = proposal_writer.begin(tmp_path / "p.npy", [read_split(root, "train2017")], LIMIT, "0")
+    with ProposalWriter(begun) as writer:
+        writer.put(2, np.full((5, 4), 3), np.ones(5))
+        writer.put(2, np.full((1, 4), 2), np.ones(1))
+        row = writer.rows[2]
+        assert (row["boxes"].sum(), row["scores"].sum()) == (8, 1)
+
+
 def test_processes_share_the_images_and_stop_together(root, tmp_path):
     dump(root, tmp_path / "whole.npy")
     stopped = run_processes(2, tmp_path / "said", dump_until, root, tmp_path, 3, signal.SIGTERM, 1)
@@ -176,6 +223,22 @@ def test_processes_share_the_images_and_stop_together(root, tmp_path):
     assert [each.code for each in ended] == [0] * 3
     assert (tmp_path / "p.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
     assert len((tmp_path / "log").read_text().split()) == 11
+
+
+def test_processes_hear_of_the_last_image_that_cannot_be_read(root, tmp_path):
+    ended = run_processes(2, tmp_path / "said", dump_without_the_last, root, tmp_path)
+    assert [each.code for each in ended] == [1, 1]
+    assert "11.png is missing" in ended[0].err
+    assert "error: 1 images cannot be read, more than --max-unreadable 0" in ended[0].err
+
+
+def dump_without_the_last(root, folder):
+    distributed.start("cpu", "env://")
+    splits = [read_split(root, name) for name in NAMES]
+    distributed.barrier()
+    (root / "val2017" / "11.png").unlink(missing_ok=True)
+    with ends_in_one_line():
+        dump(splits, folder / "p.npy")
 
 
 def dump_until(root, folder, images, number, rank=0):

@@ -5,20 +5,21 @@ from torch import nn
 from torchvision.models import WeightsEnum, resnet50
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
+from balanced_learning.detection.imbalance import box_errors
 from balanced_learning.training import load_detector
-from balanced_learning.training.checkpoint import Checkpoint, save
+from balanced_learning.training.checkpoint import save
 from balanced_learning.training.data.batching import DetectionLoader, OneByOne
 from balanced_learning.training.data.coco import read_split
 from balanced_learning.training.data.dataset import DetectionDataset
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.data.proposals import ProposalFile, row_type
 from balanced_learning.training.errors import UserError
-from balanced_learning.training.inference import detector_and_images, origin_of_weights, predict
+from balanced_learning.training.inference import predict
+from balanced_learning.training.measuring import batches_to_measure, detector_and_images
 from balanced_learning.training.model import build_model, make_model
 from balanced_learning.training.optimization import Precision, make_average
 from examples import train_torchvision_libra
-from tests.training.coco_data import add_images
-from tests.training.small import FIRST_EPOCH, SMALL, config_of, save_untrained
+from tests.training.small import FIRST_EPOCH, SMALL, config_of
 
 
 def test_a_trained_detector_is_loaded_with_its_categories(coco_root, tmp_path):
@@ -92,21 +93,6 @@ def refuse(*_, **__):
     raise AssertionError("a download")
 
 
-@pytest.mark.parametrize(("batches", "positions"), [(1, [0, 3]), (2, [0, 1, 3, 5]), (4, list(range(7)))])
-def test_images_to_measure_are_spread_over_the_data(coco_root, batches, positions):
-    add_images(coco_root, "train", 5)
-    _, dataset = detector_and_images(config_of("--data-path", coco_root, *SMALL), None, batches)
-    assert dataset.positions.tolist() == positions
-
-
-def test_what_is_measured_says_whose_weights_it_rests_on(tmp_path):
-    path = save_untrained(tmp_path / "checkpoint.pth")
-    config = config_of("--data-path", "-", *SMALL)
-    assert origin_of_weights(config, Checkpoint.load(path)) == f"weights of {path}, after 1 of 1 epochs"
-    assert "untrained" in origin_of_weights(config, None)
-    assert "of --weights DEFAULT" in origin_of_weights(config_of("--data-path", "-", "--weights", "DEFAULT"), None)
-
-
 class Sees(nn.Module):
     """Remembers what it is called with, and finds what is proposed."""
 
@@ -115,13 +101,19 @@ class Sees(nn.Module):
         return [{"boxes": target["proposals"]} for target in targets] if targets else [{} for _ in images]
 
 
-@pytest.mark.parametrize("has_proposals", [False, True])
-def test_a_detector_is_given_the_proposals_of_its_data_alone(coco_root, tmp_path, has_proposals):
-    rows = np.zeros(1, row_type(2))
-    rows["split"], rows["image_id"], rows["count"], rows["boxes"][:, 0] = 1, 21, 1, [4, 4, 34, 24]
+@pytest.fixture
+def proposals(tmp_path):
+    """For coco_root: the objects."""
+    rows = np.zeros(3, row_type(2))
+    rows["split"], rows["image_id"], rows["count"], rows["boxes"][:, 0] = [0, 0, 1], [11, 12, 21], 1, [4, 4, 34, 24]
     np.save(tmp_path / "p.npy", rows)
-    proposals = ProposalFile.open(tmp_path / "p.npy") if has_proposals else None
-    images = DetectionDataset(read_split(coco_root, "val2017"), {90: 1, 3: 2}, proposals=proposals)
+    return tmp_path / "p.npy"
+
+
+@pytest.mark.parametrize("has_proposals", [False, True])
+def test_a_detector_is_given_the_proposals_of_its_data_alone(coco_root, proposals, has_proposals):
+    given = ProposalFile.open(proposals) if has_proposals else None
+    images = DetectionDataset(read_split(coco_root, "val2017"), {90: 1, 3: 2}, proposals=given)
     loader = DetectionLoader(images, OneByOne(1), 0, torch.device("cpu"))
     detector = Sees()
     found = predict(detector, loader, Precision(None, torch.device("cpu")), 20)
@@ -130,3 +122,16 @@ def test_a_detector_is_given_the_proposals_of_its_data_alone(coco_root, tmp_path
     else:
         assert found == {21: {}}
         assert detector.targets is None
+
+
+def test_a_fast_rcnn_is_measured_on_its_proposals_and_not_loaded_for_images(coco_root, proposals, tmp_path):
+    flags = ["--data-path", coco_root, *SMALL, "--model", "libra_fastrcnn", "--proposals", proposals]
+    config = config_of(*flags, "--output-dir", tmp_path)
+    model, dataset = detector_and_images(config, None)
+    ((images, targets),) = batches_to_measure("errors", config, model, dataset)
+    assert [target["proposals"].tolist() for target in targets] == [[[4, 4, 34, 24]]] * 2
+    assert len(box_errors(model, images, targets)) > 0
+    labels = Labels({1: "car", 2: "toothbrush"}, {1: 3, 2: 90}, 3)
+    save(tmp_path / "checkpoint.pth", {"model": model}, config=config, labels=labels, position=FIRST_EPOCH)
+    with pytest.raises(UserError, match=r"checkpoint\.pth: of a Fast R-CNN, .* it needs proposals"):
+        load_detector(tmp_path / "checkpoint.pth")

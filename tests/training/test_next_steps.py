@@ -47,6 +47,9 @@ def test_the_best_epoch_and_commands_that_can_be_typed():
         (["--no-pyramid"], {"predict.py", "plot_sampling.py"}),
         (["--no-sampler"], {"predict.py", "plot_pyramid.py"}),
         (["--model", "libra_retinanet"], {"predict.py", "plot_pyramid.py"}),
+        (["--model", "libra_rpn"], {"predict.py", "train_torchvision_libra.py", "plot_pyramid.py"}),
+        (["--model", "libra_fastrcnn", "--proposals", "p.npy", "--no-sampler", "--no-pyramid"], set()),
+        (["--model", "libra_fastrcnn", "--proposals", "p.npy"], {"plot_sampling.py", "plot_pyramid.py"}),
     ],
 )
 def test_only_what_the_model_has_is_named(flags, programs):

@@ -23,6 +23,7 @@ from balanced_learning.training.reporting.pictures import (
     load_font,
     shorten,
 )
+from balanced_learning.training.tide import MAX_DETECTIONS
 
 NUM_IMAGES = 4
 SHOWN_SCORE = 0.3
@@ -46,8 +47,8 @@ def save_evaluation(
     Args:
         path: the PNG to write; where it cannot be, or an image cannot be read, a warning says so.
         dataset: the images evaluated, without augmentation. Those with boxes go first.
-        detections: by image id, ``boxes``, ``scores`` and ``labels``, on the CPU. Those of a low score and those of
-            labels without a name are left out.
+        detections: by image id, ``boxes``, ``scores`` and ``labels``, on the CPU. Those of a low score, those of
+            labels without a name, and those beyond the best 100 are left out.
         names: of the labels.
         seed: of the choice. The same images are drawn after every epoch.
     """
@@ -124,7 +125,7 @@ def _find_outcomes(
     detected = detections[truth["image_id"]]
     is_known = torch.isin(detected["labels"].long(), torch.tensor(list(names)))  # others do not count in AP either
     shown = (is_known & (detected["scores"] >= SHOWN_SCORE)).nonzero().flatten()
-    shown = shown[detected["scores"][shown].argsort(descending=True, stable=True)]
+    shown = shown[detected["scores"][shown].argsort(descending=True, stable=True)[:MAX_DETECTIONS]]
     detected = {key: detected[key][shown] for key in ("boxes", "labels", "scores")}
     hit, ignored, found = match_detections(truth, crowds, detected)
 

@@ -29,15 +29,21 @@ def next_steps(config: Config, rows: list[dict[str, Any]], programs: Path, image
     names = dict.fromkeys([key_metric(row), "AP", "AP50"])
     reached = ", ".join(f"{name} {100 * row[name]:.1f}" for name in names if row.get(name) is not None)
     pictures = f"{folder / 'curves.png'} and evaluation_{row['epoch']:02}.png"
-    commands: dict[str, list[str | Path]] = {"to detect in images": ["predict.py", checkpoint, images]}
-    if config.model.sampler and config.model.model == "libra_fasterrcnn":
+    commands: dict[str, list[str | Path]] = {}
+    model = config.model
+    if not model.is_fast_rcnn:
+        commands["to detect in images"] = ["predict.py", checkpoint, images]
+    if model.is_rpn:
+        flags: list[str | Path] = ["--resume", checkpoint, "--dump-proposals", folder / "proposals.npy"]
+        commands["to write its proposals for Fast R-CNN"] = ["train_torchvision_libra.py", *flags]
+    if model.sampler and not (model.is_rpn or model.is_retinanet):
         commands["to see what is sampled"] = ["plot_sampling.py", "--resume", checkpoint]
-    if config.model.pyramid:
+    if model.pyramid:
         commands["to see what the pyramid adds"] = ["plot_pyramid.py", "--resume", checkpoint]
     if config.data.data_path is None:
         flags = ["--recipe", "shapes", "--data-path", "FOLDER"]
         commands["to train on your own data"] = ["train_torchvision_libra.py", *flags]
-    width = max(map(len, commands)) + 1
+    width = max(map(len, commands), default=0) + 1
     lines = [f"done: {reached or 'not evaluated'} after epoch {row['epoch']}; look at {pictures}"]
     lines += [f"{title + ':':{width}} {_as_typed(programs, words)}" for title, words in commands.items()]
     return "\n".join(lines)
