@@ -143,6 +143,13 @@ def test_rows_fail_with_the_rpn_that_they_need(run):
     assert run.table(5)["rows"][0]["runs"]["0"]["error"] == "RPN for tables 2, 4, 5 and 6, seed 0: failed"
 
 
+def test_a_run_that_ends_too_early_has_failed(run, capsys):
+    with pytest.raises(SystemExit, match="error: 1 of 1 runs failed"):
+        run("--table", 3, "--rows", "rpn_r50_1x", rpn_r50_1x="ends")
+    assert "failed: table 3, rpn_r50_1x, seed 0: it ended before its last epoch\n" in capsys.readouterr().err
+    assert run.states(3)["rpn_r50_1x"] == ["failed"]
+
+
 def test_a_run_that_is_stopped_ends_the_program_with_its_code(run, capsys):
     with pytest.raises(SystemExit) as caught:
         run("--table", 5, refinement="stops")

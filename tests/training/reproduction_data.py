@@ -29,7 +29,10 @@ folder.mkdir(parents=True, exist_ok=True)
 for epoch in range(len(done), told["settings"]["epochs"]):
     if told.get("does") == "fails":
         print("warning: a matter of no weight", file=sys.stderr)
-        sys.exit("error: there is no such thing\\n")
+        print("error: there is no such thing\\nas a launcher says, it failed", file=sys.stderr)
+        sys.exit(1)
+    if told.get("does") == "ends":
+        sys.exit()
     if told.get("does") == "stops":
         sys.exit(75)
     if told.get("does") == "waits":
@@ -63,10 +66,14 @@ def settings_of(job: Job) -> dict[str, Any]:
 
 
 def finish(job: Job, **values: float) -> None:
-    """Leaves what a job leaves."""
+    """Leaves what a job leaves: these values in the last epoch, and higher ones before."""
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "args.json").write_text(json.dumps(settings_of(job)))
-    rows = [{"epoch": epoch, **values} for epoch in range(job.config.training.epochs)]
+    last = job.config.training.epochs - 1
+    rows = [
+        {"epoch": epoch, **{name: value and value + last - epoch for name, value in values.items()}}
+        for epoch in range(last + 1)
+    ]
     (job.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

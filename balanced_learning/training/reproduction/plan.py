@@ -147,7 +147,7 @@ class _Planner:
 
     def _with_proposals(self, title: str, recipe: str, seed: int) -> Job:
         if self.request.proposals:
-            return self._job(title, recipe, seed, "--proposals", self.request.proposals.absolute())
+            return self._job(title, recipe, seed, "--proposals", self.request.proposals)
         file = proposals_file(self.request.output_dir)
         return self._job(title, recipe, seed, "--proposals", file, needs=self._makers_of(file))
 
