@@ -127,7 +127,7 @@ def evaluate(loop: Loop, labels: Labels, name: str) -> Evaluation:
 
     def work() -> Evaluation:
         data = images.split, detections, labels.label_of, config.run.coco_backend
-        if config.model.model == "libra_rpn":
+        if config.model.is_rpn:
             evaluation = evaluate_proposals(*data)
         else:
             evaluation = evaluate_detections(*data, limit=detections_per_image(loop.run.model))

@@ -106,5 +106,5 @@ def whole_octaves(sizes: tuple[float, ...]) -> tuple[float, ...]:
 def reaches_beyond(anchors: Tensor, size: Size, border: int) -> Tensor:
     """Whether an anchor [A, 4] reaches more than ``border`` pixels beyond an image of this height and width. [A]"""
     height, width = size
-    end = anchors.new_tensor([width + border, height + border])
-    return (anchors[:, :2] < -border).any(dim=1) | (anchors[:, 2:] > end).any(dim=1)
+    x1, y1, x2, y2 = anchors.float().unbind(dim=1)
+    return (x1 < -border) | (y1 < -border) | (x2 > width + border) | (y2 > height + border)

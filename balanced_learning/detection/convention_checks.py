@@ -94,4 +94,4 @@ def _require(owner: Any, part: str, option: str, *classes: type) -> None:
     found = type(getattr(owner, part, None))
     if found not in classes:
         needed = " or ".join(cls.__name__ for cls in classes)
-        raise TypeError(f"{option} needs a model whose {part} is a {needed}, got {found.__name__}")
+        raise TypeError(f"{option} needs a model with {needed} as its {part}, got {found.__name__}")

@@ -341,6 +341,9 @@ def _check_fault(fault: Any, num_classes: int) -> None:
             raise ValueError(f"fault has an image of {list(image.shape)} and boxes of {list(boxes.shape)} at {i}")
         if ((labels < 1) | (labels >= num_classes)).any():
             raise ValueError(f"fault has labels beyond its classes at {i}")
+        proposals: Any = target.get("proposals", boxes)  # of a Fast R-CNN
+        if not is_plain(proposals) or proposals.dtype != torch.float32 or proposals.shape[1:] != (4,):
+            raise ValueError(f"fault has proposals that are no boxes at {i}")
 
 
 def _norm_eps(parts: dict[str, Any]) -> float:

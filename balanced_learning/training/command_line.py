@@ -99,19 +99,18 @@ def _settled(config: Config) -> Config:
     if model.weights_backbone not in (None, ModelConfig.weights_backbone) and (model.small or model.weights):
         other = "--small detector is trained from scratch" if model.small else "detector with --weights has a backbone"
         raise UserError(f"--weights-backbone {model.weights_backbone}: a {other}; leave one of them out")
-    if model.rpn and model.model in ("libra_retinanet", "libra_fastrcnn"):
+    if model.rpn and (model.is_retinanet or model.is_fast_rcnn):
         raise UserError(f"--rpn: {model.model} has no RPN; pass --no-rpn")
     if model.box_loss and config.libra.beta == 0:
         raise UserError("--beta 0: balanced L1 needs one above 0; L1 is --no-box-loss --beta 0")
     if model.balances_rpn and model.box_loss and config.conventions.rpn_beta == 0:
         raise UserError("--rpn-beta 0: balanced L1 needs one above 0")
-    is_fast = model.model == "libra_fastrcnn"
-    if is_fast and not data.proposals:
+    if model.is_fast_rcnn and not data.proposals:
         raise UserError("--model libra_fastrcnn: pass --proposals, a file that --dump-proposals made of the same data")
-    if data.proposals and not is_fast:
+    if data.proposals and not model.is_fast_rcnn:
         raise UserError(f"--proposals {data.proposals}: --model {model.model} has its own; libra_fastrcnn takes them")
     if run.dump_proposals:
-        if model.model not in ("libra_rpn", "libra_fasterrcnn"):
+        if model.is_retinanet or model.is_fast_rcnn:
             raise UserError(f"--dump-proposals: --model {model.model} has no RPN")
         if not (run.resume or model.weights):
             raise UserError("--dump-proposals: there are no trained weights; pass --resume or --weights")
@@ -123,7 +122,10 @@ def _settled(config: Config) -> Config:
         raise UserError(
             "--sync-bn: not with --accumulation-steps; processes have other numbers of parts of a short batch"
         )
-    if model.sync_bn and config.conventions.norm == "frozen_statistics" and not model.small:
+    norm = config.conventions.norm or ""
+    if norm.startswith("frozen") and not (model.small or model.weights or model.weights_backbone):
+        raise UserError(f"--norm {norm}: a backbone from scratch has none to freeze; pass --norm batch")
+    if model.sync_bn and norm == "frozen_statistics" and not model.small:
         raise UserError("--sync-bn: not with --norm frozen_statistics, which no process changes")
     for name in ("test_only", "check_data", "replay", "dump_proposals"):
         if run.dry_run and getattr(run, name):

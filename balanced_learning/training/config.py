@@ -103,9 +103,17 @@ class ModelConfig:
         return self.model == "libra_retinanet"
 
     @property
+    def is_rpn(self) -> bool:
+        return self.model == "libra_rpn"
+
+    @property
+    def is_fast_rcnn(self) -> bool:
+        return self.model == "libra_fastrcnn"
+
+    @property
     def balances_rpn(self) -> bool:
         """Whether the parts that are on are those of an RPN, too."""
-        return self.rpn or self.model == "libra_rpn"
+        return self.rpn or self.is_rpn
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from balanced_learning.training.checkpoint import NEWEST, Checkpoint
 from balanced_learning.training.config import Config
 from balanced_learning.training.data.splits import read_splits
 from balanced_learning.training.errors import UserError
-from balanced_learning.training.inference import NEEDS_PROPOSALS, load_detector, predict_files
+from balanced_learning.training.inference import load_detector, predict_files
 
 Start = Callable[[Config, Checkpoint | None], None]
 
@@ -43,7 +43,7 @@ def dry_run(config: Config, start: Start) -> None:
         with redirect_stdout(io.StringIO()):
             start(longer, Checkpoint.load(folder / NEWEST))
             _, val = read_splits(longer)
-            if distributed.is_main() and config.model.model != NEEDS_PROPOSALS:
+            if distributed.is_main() and not config.model.is_fast_rcnn:
                 image = val.image_dir / val.images[0]["file_name"]
                 (found,) = predict_files(load_detector(folder / NEWEST), [image], score_thresh=0.5)
                 if isinstance(found, UserError):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,23 +39,26 @@ def dump(config: Config, path: Path, checkpoint: Checkpoint | None, precision: P
     Raises:
         UserError, Stopped: as :func:`dump_proposals`.
     """
-    splits = read_splits(replace(config, run=replace(config.run, limit_batches=None)))
-    labels = choose_labels(config, splits[0], checkpoint)
-    model = make_model(config, labels, checkpoint and checkpoint.averaged()).eval()
-    if config.model.model != "libra_rpn":
-        first_stage(model)
-    dump_proposals(
-        prepare(model, config.model, precision.device),
-        precision,
-        path,
-        splits,
-        signals,
-        settings=vars(config.model) | vars(config.conventions),
-        workers=config.data.workers,
-        max_unreadable=config.data.max_unreadable,
-        print_freq=config.run.print_freq,
-        limit=model.rpn.post_nms_top_n(),
-    )
+    together = signals.deferred() if distributed.world_size() > 1 else nullcontext()  # where they ask each other
+    with together:
+        splits = read_splits(replace(config, run=replace(config.run, limit_batches=None)))
+        labels = choose_labels(config, splits[0], checkpoint)
+        model = make_model(config, labels, checkpoint and checkpoint.averaged()).eval()
+        if not config.model.is_rpn:
+            first_stage(model)
+        signals.stop_together()
+        dump_proposals(
+            prepare(model, config.model, precision.device),
+            precision,
+            path,
+            splits,
+            signals,
+            settings=vars(config.model) | vars(config.conventions),
+            workers=config.data.workers,
+            max_unreadable=config.data.max_unreadable,
+            print_freq=config.run.print_freq,
+            limit=model.rpn.post_nms_top_n(),
+        )
 
 
 def dump_proposals(

@@ -21,8 +21,6 @@ from balanced_learning.training.model import make_model
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.reporting.progress import Progress
 
-NEEDS_PROPOSALS = "libra_fastrcnn"
-
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Any:
     """Loads the detector of a checkpoint of the training program.
@@ -42,7 +40,7 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Any:
         UserError: if the file is no checkpoint of the training program, or is one of a detector that needs proposals.
     """
     checkpoint = Checkpoint.load(Path(path))
-    if checkpoint.config.model.model == NEEDS_PROPOSALS:
+    if checkpoint.config.model.is_fast_rcnn:
         raise UserError(
             f"{printable(path)}: of a Fast R-CNN, which finds nothing in images alone: it needs proposals, and is "
             "evaluated with --test-only --proposals FILE"

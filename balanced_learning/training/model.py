@@ -73,9 +73,9 @@ def build_model(config: Config, num_classes: int) -> FasterRCNN | RetinaNet:
             detector of this kind does not have.
     """
     detector = _build(config, num_classes)
-    if config.model.model == "libra_rpn":
+    if config.model.is_rpn:
         first_stage(detector)
-    elif config.model.model == "libra_fastrcnn":
+    elif config.model.is_fast_rcnn:
         second_stage(detector)
     detector.transform.__class__ = ResizingFirst
     if pool := getattr(getattr(detector, "roi_heads", None), "box_roi_pool", None):

@@ -48,7 +48,7 @@ def choose_labels(config: Config, split: Split, checkpoint: Checkpoint | None) -
     """
     if checkpoint:
         return checkpoint.labels
-    if not config.model.weights or config.model.model == "libra_rpn":  # whose only label is that of all objects
+    if not config.model.weights or config.model.is_rpn:  # whose only label is that of all objects
         return Labels.of(split)
     weights = DetectorWeights.read(config.model)
     unknown = weights.unknown(split.categories.values())
@@ -137,8 +137,7 @@ class DetectorWeights:
         Raises:
             UserError: if they cannot be downloaded or do not fit; names the first misfit, and the flags that would fit.
         """
-        is_rpn = config.model == "libra_rpn"
-        unknown = None if is_rpn else self.unknown(labels.names.values())
+        unknown = None if config.is_rpn else self.unknown(labels.names.values())
         predictors = _PREDICTORS if unknown else ()
         whole = self.state()
         others = _OTHER_TASKS + _OTHER_STAGE.get(config.model, ())

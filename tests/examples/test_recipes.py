@@ -8,6 +8,7 @@ import pytest
 
 from balanced_learning.training.data.proposals import ProposalFile
 from balanced_learning.training.recipe import list_recipes
+from balanced_learning.training.reporting import reports
 from examples import train_torchvision_libra
 
 NAMES = [line.split()[0] for line in list_recipes().splitlines()]
@@ -21,6 +22,12 @@ def coco_tiny():
     if not root.is_dir():
         pytest.skip("BALANCED_LEARNING_DATA names no folder with coco_tiny")
     return root
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    monkeypatch.setattr(reports, "save_curves", lambda *_: None)
+    monkeypatch.setattr(train_torchvision_libra, "save_evaluation", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

@@ -338,8 +338,9 @@ def test_a_step_that_was_left_out_is_kept(saved):
         {**FAULT, "targets": [3]},
         *({**FAULT, "targets": [FAULT["targets"][0] | {name: torch.zeros(2)}]} for name in FAULT["targets"][0]),
         {**FAULT, "targets": [FAULT["targets"][0] | {"labels": torch.tensor([3])}]},
+        *({**FAULT, "targets": [FAULT["targets"][0] | {"proposals": bad}]} for bad in (None, torch.zeros(2))),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_a_step_that_cannot_be_repeated_is_refused(edit, fault):
     refused(edit(fault=fault), "cannot be read: its fault ")

@@ -1,6 +1,8 @@
+import copy
 import math
 import os
 import signal
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -10,16 +12,22 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
+from balanced_learning.detection.proposals import first_stage, second_stage
 from balanced_learning.training import distributed
 from balanced_learning.training.data import proposal_writer
+from balanced_learning.training.data.batching import make_loaders
 from balanced_learning.training.data.coco import NAMES, read_split
+from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.data.proposal_writer import ProposalWriter
 from balanced_learning.training.data.proposals import ProposalFile
 from balanced_learning.training.dumping import dump_proposals
 from balanced_learning.training.endings import ends_in_one_line
 from balanced_learning.training.errors import SharedError, UserError
+from balanced_learning.training.inference import predict
+from balanced_learning.training.model import build_model
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.signals import EXIT_CODE, Stopped, StopSignals
+from tests.training.small import SMALL, config_of
 from tests.training.toy import run_processes, write_noise
 
 CPU = torch.device("cpu")
@@ -79,6 +87,35 @@ def test_the_file_holds_what_the_detector_proposes_for_every_image(root, tmp_pat
     out = capsys.readouterr().out
     assert "11 images x 6 proposals: 0.0 MB" in out
     assert "proposals of train2017 [7/7]" in out
+
+
+def test_a_fast_rcnn_with_the_file_learns_from_and_finds_what_the_faster_rcnn_does(root, tmp_path):
+    config = config_of("--data-path", root, *SMALL, "--rpn-post-nms-top-n-train", 200)
+    splits = [read_split(root, name) for name in NAMES]
+    whole = build_model(config, 2).eval()
+    whole.roi_heads.score_thresh = 0.0
+    rpn, fast = first_stage(copy.deepcopy(whole)), second_stage(copy.deepcopy(whole))
+    dump(splits, tmp_path / "p.npy", rpn, limit=200)
+    labels, device = Labels.of(splits[0]), torch.device("cpu")
+    _, own = make_loaders(config, device, *splits, labels)
+    given = replace(config, data=replace(config.data, proposals=tmp_path / "p.npy", data_augmentation="none"))
+    loader, val_loader = make_loaders(given, device, *splits, labels)
+    expected, found = (predict(*each, Precision(None, device), 20) for each in ((whole, own), (fast, val_loader)))
+    for image_id, output in found.items():
+        assert len(output["boxes"]) > 50
+        torch.testing.assert_close(output, expected[image_id], rtol=1e-4, atol=1e-3)
+
+    batch = next(iter(loader)).to(device)
+    sampled = []
+    for model in (whole, fast):
+        images, targets = model.transform(batch.images, batch.targets)
+        model.rpn.training = True
+        with torch.no_grad():
+            proposals = model.rpn(images, model.backbone(images.tensors), targets)[0]
+        torch.manual_seed(0)
+        sampled.append(model.roi_heads.select_training_samples(proposals, targets))
+    assert sum(len(boxes) for boxes in sampled[0][0]) > 100
+    torch.testing.assert_close(sampled[0], sampled[1], rtol=1e-4, atol=1e-3)
 
 
 def test_what_is_there_is_not_written_over(root, tmp_path):

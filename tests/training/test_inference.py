@@ -5,6 +5,7 @@ from torch import nn
 from torchvision.models import WeightsEnum, resnet50
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
+from balanced_learning.detection.imbalance import box_errors
 from balanced_learning.training import load_detector
 from balanced_learning.training.checkpoint import save
 from balanced_learning.training.data.batching import DetectionLoader, OneByOne
@@ -14,6 +15,7 @@ from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.data.proposals import ProposalFile, row_type
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.inference import predict
+from balanced_learning.training.measuring import batches_to_measure, detector_and_images
 from balanced_learning.training.model import build_model, make_model
 from balanced_learning.training.optimization import Precision, make_average
 from examples import train_torchvision_libra
@@ -99,13 +101,19 @@ class Sees(nn.Module):
         return [{"boxes": target["proposals"]} for target in targets] if targets else [{} for _ in images]
 
 
-@pytest.mark.parametrize("has_proposals", [False, True])
-def test_a_detector_is_given_the_proposals_of_its_data_alone(coco_root, tmp_path, has_proposals):
-    rows = np.zeros(1, row_type(2))
-    rows["split"], rows["image_id"], rows["count"], rows["boxes"][:, 0] = 1, 21, 1, [4, 4, 34, 24]
+@pytest.fixture
+def proposals(tmp_path):
+    """For coco_root: the objects."""
+    rows = np.zeros(3, row_type(2))
+    rows["split"], rows["image_id"], rows["count"], rows["boxes"][:, 0] = [0, 0, 1], [11, 12, 21], 1, [4, 4, 34, 24]
     np.save(tmp_path / "p.npy", rows)
-    proposals = ProposalFile.open(tmp_path / "p.npy") if has_proposals else None
-    images = DetectionDataset(read_split(coco_root, "val2017"), {90: 1, 3: 2}, proposals=proposals)
+    return tmp_path / "p.npy"
+
+
+@pytest.mark.parametrize("has_proposals", [False, True])
+def test_a_detector_is_given_the_proposals_of_its_data_alone(coco_root, proposals, has_proposals):
+    given = ProposalFile.open(proposals) if has_proposals else None
+    images = DetectionDataset(read_split(coco_root, "val2017"), {90: 1, 3: 2}, proposals=given)
     loader = DetectionLoader(images, OneByOne(1), 0, torch.device("cpu"))
     detector = Sees()
     found = predict(detector, loader, Precision(None, torch.device("cpu")), 20)
@@ -114,3 +122,16 @@ def test_a_detector_is_given_the_proposals_of_its_data_alone(coco_root, tmp_path
     else:
         assert found == {21: {}}
         assert detector.targets is None
+
+
+def test_a_fast_rcnn_is_measured_on_its_proposals_and_not_loaded_for_images(coco_root, proposals, tmp_path):
+    flags = ["--data-path", coco_root, *SMALL, "--model", "libra_fastrcnn", "--proposals", proposals]
+    config = config_of(*flags, "--output-dir", tmp_path)
+    model, dataset = detector_and_images(config, None)
+    ((images, targets),) = batches_to_measure("errors", config, model, dataset)
+    assert [target["proposals"].tolist() for target in targets] == [[[4, 4, 34, 24]]] * 2
+    assert len(box_errors(model, images, targets)) > 0
+    labels = Labels({1: "car", 2: "toothbrush"}, {1: 3, 2: 90}, 3)
+    save(tmp_path / "checkpoint.pth", {"model": model}, config=config, labels=labels, position=FIRST_EPOCH)
+    with pytest.raises(UserError, match=r"checkpoint\.pth: of a Fast R-CNN, .* it needs proposals"):
+        load_detector(tmp_path / "checkpoint.pth")

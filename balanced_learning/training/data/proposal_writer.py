@@ -40,7 +40,7 @@ def begin(path: Path, splits: Sequence[Split], limit: int, digest: str) -> Path:
     make_folder(path.parent)
     stem = path.name[:60]  # a longer name could be too long with its ending
     unfinished = path.with_name(f"{stem}.{digest}.unfinished")
-    for left in path.parent.glob(f"{escape(stem)}.*.unfinished"):
+    for left in path.parent.glob(f"{escape(stem)}.????????.unfinished"):
         if left != unfinished:
             warn(f"{printable(left)}: begun with other weights, settings or data; remove it if nobody goes on with it")
     index = _index_of(splits)

@@ -40,13 +40,13 @@ def read_splits(config: Config) -> tuple[Split, Split]:
     if train.categories != val.categories:
         odd = set(train.categories.items()) ^ set(val.categories.items())
         raise UserError(f"{val.json_file}: other categories than in {train.json_file.name}, such as {min(odd)}")
+    if config.model.is_rpn:
+        train, val = train.as_one_category(), val.as_one_category()
     _check_resizing(train, train.has_boxes() | config.data.keep_empty, config.model, config.data.data_augmentation)
     _check_resizing(val, np.ones(len(val.images), bool), config.model)
     _tell_unlearned_categories(train, val)
     if config.run.limit_batches is not None:
         val = val.first(config.run.limit_batches * distributed.world_size())
-    if config.model.model == "libra_rpn":
-        return train.as_one_category(), val.as_one_category()
     return train, val
 
 

@@ -30,15 +30,15 @@ def next_steps(config: Config, rows: list[dict[str, Any]], programs: Path, image
     reached = ", ".join(f"{name} {100 * row[name]:.1f}" for name in names if row.get(name) is not None)
     pictures = f"{folder / 'curves.png'} and evaluation_{row['epoch']:02}.png"
     commands: dict[str, list[str | Path]] = {}
-    is_rpn = config.model.model == "libra_rpn"
-    if config.model.model != "libra_fastrcnn":
+    model = config.model
+    if not model.is_fast_rcnn:
         commands["to detect in images"] = ["predict.py", checkpoint, images]
-    if is_rpn:
+    if model.is_rpn:
         flags: list[str | Path] = ["--resume", checkpoint, "--dump-proposals", folder / "proposals.npy"]
         commands["to write its proposals for Fast R-CNN"] = ["train_torchvision_libra.py", *flags]
-    if config.model.sampler and not (is_rpn or config.model.is_retinanet):
+    if model.sampler and not (model.is_rpn or model.is_retinanet):
         commands["to see what is sampled"] = ["plot_sampling.py", "--resume", checkpoint]
-    if config.model.pyramid:
+    if model.pyramid:
         commands["to see what the pyramid adds"] = ["plot_pyramid.py", "--resume", checkpoint]
     if config.data.data_path is None:
         flags = ["--recipe", "shapes", "--data-path", "FOLDER"]

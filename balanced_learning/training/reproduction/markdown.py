@@ -5,7 +5,7 @@ from typing import Any
 
 def as_markdown(table: dict[str, Any]) -> str:
     """The table that a ``table_N.json`` holds: values, differences to the baselines, and notes."""
-    metrics, seeds = table["metrics"], ", ".join(map(str, table["seeds"]))
+    metrics, seeds = table["metrics"], table["seeds"]
     values = [["row", "seeds", *metrics]]
     values += [
         [f"{row['label']} (`{row['name']}`)", _status(row), *(_value(row, metric) for metric in metrics)]
@@ -25,8 +25,7 @@ def as_markdown(table: dict[str, Any]) -> str:
     family = "" if table["family"] == "paper" else f" ({table['family']})"
     parts = [
         f"# Table {table['table']}{family}: {table['title']}",
-        f"Published on {table['split']} / measured here, in percent. Of several seeds ({seeds}), it is the mean +- the "
-        "sample standard deviation.",
+        f"Published on {table['split']} / measured here, in percent{_of_seeds(seeds)}",
         _grid(values),
     ]
     if len(differences) > 1:
@@ -37,6 +36,12 @@ def as_markdown(table: dict[str, Any]) -> str:
     made += f" Device: {table['device'] or '-'}. Commit: {table['commit'] or '-'}."
     parts += ["\n".join(f"- {note}" for note in [*table["notes"], made])]
     return "\n\n".join(parts) + "\n"
+
+
+def _of_seeds(seeds: list[int]) -> str:
+    if len(seeds) == 1:
+        return f", with seed {seeds[0]}."
+    return f": mean +- sample standard deviation of seeds {', '.join(map(str, seeds))}."
 
 
 def _status(row: dict[str, Any]) -> str:
