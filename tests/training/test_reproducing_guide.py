@@ -24,6 +24,7 @@ RECIPE_OF = {  # whose settings the rows of the table of families have
     "Fast R-CNN": "fast_rcnn_r50_1x",
     "RPN": "rpn_r50_1x",
     "RetinaNet": "retinanet_r50_1x",
+    "Libra RetinaNet": "libra_retinanet_r50_1x",
 }
 
 
