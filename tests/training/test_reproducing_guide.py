@@ -95,10 +95,10 @@ def test_it_reads_proposals(tmp_path, monkeypatch):
 
 def test_it_calls_the_program_as_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"examples/reproduce\.py (--.*)", GUIDE)
-    assert len(commands) >= 3
+    commands = re.findall(r"examples/reproduce\.py (--.*)", GUIDE + (ROOT / "README.md").read_text())
+    assert len(commands) >= 5
     for command in commands:
-        assert make_plan(reproduce.read_request(reproduce.read_arguments(shlex.split(command)))).jobs
+        assert make_plan(reproduce.read_request(reproduce.read_arguments(shlex.split(command, comments=True)))).jobs
 
 
 def test_recipes_that_are_named_exist():
