@@ -1,5 +1,6 @@
 """Requests of a reproduction, and a program that only pretends to train."""
 
+import functools
 import json
 import shlex
 import sys
@@ -53,7 +54,10 @@ def request_of(folder: Path, number: int = 5, **more: Any) -> Request:
     """A request of a table in a folder, of a small detector, which needs no data."""
     options = ("--small", "--epochs", "2", *more.pop("options", ()))
     rest = {"seeds": (0,), "processes": 1, "program": folder / "program.py"} | more
-    return Request((read_table(number),), output_dir=folder / "out", options=options, **rest)
+    return Request((_table(number),), output_dir=folder / "out", options=options, **rest)
+
+
+_table = functools.cache(read_table)
 
 
 def plan_of(folder: Path, number: int = 5, **more: Any) -> Plan:

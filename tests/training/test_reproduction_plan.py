@@ -85,9 +85,10 @@ def test_given_proposals_need_no_rpn(tmp_path, monkeypatch):
 def test_proposals_that_are_there_serve_other_seeds(tmp_path):
     rpn, dump, *_ = plan_of(tmp_path, 5, seeds=(3,)).jobs
     finish(rpn)
-    assert not is_finished(dump)
-    dump.dumps.touch()
     note_maker(dump)
+    assert not is_finished(dump)
+    assert titles(plan_of(tmp_path, 5, seeds=(8,)))[0] == "RPN for tables 2, 4, 5 and 6, seed 8"
+    dump.dumps.touch()
     assert json.loads(maker_file(dump.dumps).read_text()) == json.loads(json.dumps(settings_of(rpn)))
     assert is_finished(dump)
     again = plan_of(tmp_path, 5, seeds=(8,))
@@ -100,6 +101,10 @@ def test_proposals_that_are_there_serve_other_seeds(tmp_path):
 def test_a_note_of_nothing_known_is_refused_by_name(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/proposals.npy").touch()
+    with pytest.raises(
+        UserError, match=r"out/proposals.npy: without proposals.json, whose .* Pass them as --proposals"
+    ):
+        plan_of(tmp_path, 5)
     for text, told in (("[]", "must have the settings of the RPN"), ("{", "cannot be read")):
         (tmp_path / "out/proposals.json").write_text(text)
         with pytest.raises(UserError, match=f"out/proposals.json: {told}"):

@@ -121,6 +121,6 @@ def _shown(value: Any) -> str:
 
 
 def note_maker(job: Job) -> None:
-    """Notes which RPN has made proposals: from now on, they are done."""
+    """Notes which RPN is about to make proposals. They get their name when all of them are there."""
     if job.dumps:
         write_text(maker_file(job.dumps), json.dumps(read_settings(job.folder), indent=2) + "\n")

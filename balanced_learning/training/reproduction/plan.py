@@ -17,7 +17,6 @@ from balanced_learning.training.command_line import read_command_line
 from balanced_learning.training.config import Config, images_per_step
 from balanced_learning.training.errors import UserError, shown
 from balanced_learning.training.flags import make_parser
-from balanced_learning.training.recipe import Recipe
 from balanced_learning.training.reproduction.published import Row, Table
 from balanced_learning.training.settings import flag_of
 
@@ -140,8 +139,7 @@ class _Planner:
         key = row.recipe, seed
         if key not in self.jobs:
             title = f"table {table.number}, {row.name}, seed {seed}"
-            takes_proposals = Recipe.read(row.recipe).settings.get("model") == "libra_fastrcnn"
-            job = self._with_proposals(title, *key) if takes_proposals else self._job(title, *key)
+            job = self._with_proposals(title, *key) if row.takes_proposals else self._job(title, *key)
             self.jobs[key] = replace(job, note=row.note)
         return self.jobs[key]
 
@@ -189,15 +187,21 @@ def proposals_file(folder: Path) -> Path:
 
 
 def maker_file(proposals: Path) -> Path:
-    """The settings of the RPN whose proposals those are; there when all of them are."""
+    """The settings of the RPN whose proposals those are, or will be."""
     return proposals.with_suffix(".json")
 
 
 def read_maker(proposals: Path) -> dict[str, Any] | None:
-    """What :func:`maker_file` holds, if the proposals are there."""
+    """What :func:`maker_file` holds, if the proposals are there.
+
+    Raises:
+        UserError: if it is not there, or holds something else.
+    """
     file = maker_file(proposals)
-    if not (proposals.exists() and file.exists()):
+    if not proposals.exists():
         return None
+    if not file.exists():
+        raise UserError(f"{proposals}: without {file.name}, whose are they? Pass them as --proposals, or remove them")
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:

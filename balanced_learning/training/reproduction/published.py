@@ -30,6 +30,7 @@ class Row:
         recipe: what it trains.
         published: by metric, in percent.
         baseline: the row that it is compared with, if any.
+        takes_proposals: whether its detector is the second stage alone.
         note: that of the recipe, if any.
     """
 
@@ -38,6 +39,7 @@ class Row:
     recipe: str
     published: dict[str, float]
     baseline: str | None
+    takes_proposals: bool
     note: str
 
 
@@ -120,11 +122,19 @@ def _read_row(file: str, content: Any, metrics: list[str], before: list[str]) ->
         if type(value) not in (int, float) or not math.isfinite(value):
             raise UserError(f"{at}: published must be numbers, got {shown(value)}")
     try:
-        note = Recipe.read(content["recipe"]).note
+        recipe = Recipe.read(content["recipe"])
     except UserError as error:
         raise UserError(f"{at}: {error}") from None
     published = dict(zip(metrics, map(float, values), strict=True))
-    return Row(content["name"], content["label"], content["recipe"], published, content.get("baseline"), note)
+    return Row(
+        name=content["name"],
+        label=content["label"],
+        recipe=content["recipe"],
+        published=published,
+        baseline=content.get("baseline"),
+        takes_proposals=recipe.settings.get("model") == "libra_fastrcnn",
+        note=recipe.note,
+    )
 
 
 def _check_keys(at: str, content: dict[str, Any], needed: set[str], optional: set[str]) -> None:

@@ -61,9 +61,9 @@ class Reproduction:
         for needed in job.needs:
             if needed in self.failures:
                 return f"{needed.title}: failed"
+        note_maker(job)
         if error := run_job(job, signals):
             return error
-        note_maker(job)
         return None if is_finished(job) else "it ended before its last epoch"
 
     def _write_tables(self) -> list[str]:
