@@ -115,6 +115,7 @@ def test_runs_and_proposals_may_be_moved_together(tmp_path):
         ("metrics.jsonl", "[]\n", r"a line must be the row of an epoch, got \[\]"),
         ("metrics.jsonl", '{"epoch": "one"}\n', "a line must be the row of an epoch"),
         ("args.json", "{", "is no JSON"),
+        ("args.json", '{"epochs": "2"}', "epochs must be a whole number, got '2'"),
         ("args.json", "[1]", r"must have settings by name, got \[1\]"),
     ],
 )

@@ -101,9 +101,7 @@ def test_proposals_that_are_there_serve_other_seeds(tmp_path):
 def test_a_note_of_nothing_known_is_refused_by_name(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/proposals.npy").touch()
-    with pytest.raises(
-        UserError, match=r"out/proposals.npy: without proposals.json, whose .* Pass them as --proposals"
-    ):
+    with pytest.raises(UserError, match=r"out/proposals.npy: without proposals.json, .* Pass them as --proposals"):
         plan_of(tmp_path, 5)
     for text, told in (("[]", "must have the settings of the RPN"), ("{", "cannot be read")):
         (tmp_path / "out/proposals.json").write_text(text)

@@ -155,3 +155,8 @@ def test_notes_of_recipes_name_their_rows(tmp_path):
     assert "test-dev" in text
     bare = replace(request, options=())
     assert "Trained with" not in write_table(bare, bare.tables[0], make_plan(bare), COCO, None, {})
+
+
+def test_a_number_that_is_none_gets_no_place(written):
+    content, _ = written({"baseline": {0: math.nan}}, seeds=(0,))
+    assert rows_of(content)["baseline"]["runs"]["0"]["values"]["AP"] is None

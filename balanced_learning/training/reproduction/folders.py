@@ -20,6 +20,7 @@ _FREE = {
     *("checkpoint_steps", "checkpoint_minutes", "print_freq", "tensorboard", "coco_backend", "dump_proposals"),
     *("channels_last", "compile", "use_deterministic_algorithms", "batch_size", "accumulation_steps"),
 }
+_COUNTS = ("epochs", "batch_size", "accumulation_steps", "world_size")
 _PATHS = ("data_path", "proposals")
 
 
@@ -48,6 +49,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     content = _parsed(file, text) if text else {}
     if not isinstance(content, dict):
         raise UserError(f"{file}: must have settings by name, got {shown(content)}")
+    for name in (*_COUNTS, "patience") if content else ():
+        if type(content.get(name)) is not int and not (name == "patience" and content.get(name) is None):
+            raise UserError(f"{file}: {name} must be a whole number, got {shown(content.get(name))}")
     return content
 
 

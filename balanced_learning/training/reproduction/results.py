@@ -1,6 +1,7 @@
 """What came out of the runs of a table, beside what was published: as JSON takes it."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,16 @@ def _run(job: Job, table: Table, failures: dict[Job, str]) -> dict[str, Any]:
     if not is_finished(job) or difference(job):
         return about | {"status": "to do"}
     last = read_rows(job.folder)[-1]
-    values = {metric: last.get(metric) for metric in table.metrics}
     return about | {
         "status": "finished",
-        "values": {metric: None if value is None else round(100 * value, 6) for metric, value in values.items()},
+        "values": {metric: _in_percent(last.get(metric)) for metric in table.metrics},
     }
+
+
+def _in_percent(value: Any) -> float | None:
+    """The value of a metric, which is not defined where there is nothing to find."""
+    is_known = isinstance(value, int | float) and math.isfinite(value)
+    return round(100 * value, 6) if is_known else None
 
 
 def _is_done(run: dict[str, Any]) -> bool:

@@ -76,7 +76,8 @@ class _Errors:
     def _pass_on(self) -> None:
         for line in self._stream:
             text = line.decode(errors="replace")
-            print(text, end="", file=sys.stderr, flush=True)
+            with suppress(OSError, ValueError):  # nobody may be there to read it, but it must be taken from the program
+                print(text, end="", file=sys.stderr, flush=True)
             self._lines.append(text)
 
     def last_line(self) -> str:
