@@ -1,6 +1,4 @@
-"""The tables are those of the paper, and a file that is none is refused by name."""
-
-from pathlib import Path
+"""The tables are those of the paper."""
 
 import pytest
 
@@ -77,26 +75,6 @@ RCNN = {
 MMDET_1 = [37.4, 39.4, 42.1, 36.5, 38.3, 40.1, 42.7, 37.6]
 MMDET_3 = [58.2, 61.0]
 
-FILE = """
-title = "a table"
-split = "val2017"
-metrics = ["AP", "AP50"]
-notes = []
-
-[[rows]]
-name = "one"
-label = "the one"
-recipe = "shapes"
-published = [1.0, 2]
-
-[[rows]]
-name = "other"
-label = "the other"
-recipe = "shapes"
-baseline = "one"
-published = [3.5, 4.0]
-"""
-
 
 def numbers_of(line: str) -> list[float]:
     """The numbers of a printed row that have one decimal and a cell of their own."""
@@ -160,38 +138,10 @@ def test_a_row_has_the_note_of_its_recipe():
     assert not rows["faster_rcnn_r50_1x"]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "told"),
-    [
-        ('title = "a table"', "", "paper_2.toml: title is missing"),
-        ('title = "a table"', "title = 2", "paper_2.toml: title must be a text, got 2"),
-        ('title = "a table"', 'title = "a"\nyear = 2019', "paper_2.toml: there is no key 'year'"),
-        ("notes = []", 'notes = "none"', "paper_2.toml: notes must be a list, got 'none'"),
-        ("notes = []", "notes = [1]", "paper_2.toml: notes must be a text, got 1"),
-        ("notes = []", 'notes = []\npublished_metrics = ["AR1"]', "published_metrics: 'AR1' is none of the metrics"),
-        ("[1.0, 2]", "[1.0]", r"row 'one': published must be 2 numbers \(AP, AP50\), got \[1.0\]"),
-        ("[1.0, 2]", "[1.0, 2, 3]", r"row 'one': published must be 2 numbers"),
-        ("[1.0, 2]", '[1.0, "2"]', "row 'one': published must be numbers, got '2'"),
-        ("[1.0, 2]", "[1.0, nan]", "row 'one': published must be numbers, got nan"),
-        ('name = "other"', 'name = "one"', "row 'one': name must be a word that no other row has"),
-        ('name = "other"', 'name = "an other"', "row 'an other': name must be a word"),
-        ('baseline = "one"', 'baseline = "two"', "row 'other': baseline 'two' is no other row"),
-        ('baseline = "one"', 'baseline = "other"', "row 'other': baseline 'other' is no other row"),
-        ('baseline = "one"', 'base = "one"', "row 'other': there is no key 'base'"),
-        ('recipe = "shapes"\npublished', 'recipe = "shape"\npublished', "row 'one': --recipe shape: no such file"),
-        ("metrics =", "metrics", r"paper_2.toml: cannot be read \("),
-    ],
-)
-def test_a_file_that_is_no_table_is_refused_by_name(tmp_path: Path, old: str, new: str, told: str):
-    assert old in FILE
-    (tmp_path / "paper_2.toml").write_text(FILE.replace(old, new, 1))
-    with pytest.raises(UserError, match=told):
-        read_table(2, folder=tmp_path)
-
-
-def test_a_file_of_another_folder_is_read(tmp_path: Path):
-    (tmp_path / "paper_2.toml").write_text(FILE)
-    one, other = read_table(2, folder=tmp_path).rows
-    assert (one.published, other.baseline) == ({"AP": 1.0, "AP50": 2.0}, "one")
-    with pytest.raises(UserError, match=r"paper_3.toml: cannot be read \("):
-        read_table(3, folder=tmp_path)
+@pytest.mark.parametrize(("number", "family"), [(n, family) for family, numbers in NUMBERS.items() for n in numbers])
+def test_rows_can_be_named_on_a_command_line(number, family):
+    rows = read_table(number, family).rows
+    names = [row.name for row in rows]
+    assert len(set(names)) == len(names)
+    assert all(len(name.split()) == 1 for name in names)
+    assert {row.baseline for row in rows} <= {None, *names}
