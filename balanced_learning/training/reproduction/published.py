@@ -86,6 +86,13 @@ def read_table(number: int, family: str = "paper") -> Table:
 
 
 def _read_row(row: dict[str, Any], metrics: Sequence[str]) -> Row:
-    published = dict(zip(metrics, row["published"], strict=True))
-    note = Recipe.read(row["recipe"]).note
-    return Row(row["name"], row["label"], row["recipe"], published, row.get("baseline"), note)
+    recipe = Recipe.read(row["recipe"])
+    return Row(
+        name=row["name"],
+        label=row["label"],
+        recipe=row["recipe"],
+        published=dict(zip(metrics, row["published"], strict=True)),
+        baseline=row.get("baseline"),
+        takes_proposals=recipe.settings.get("model") == "libra_fastrcnn",
+        note=recipe.note,
+    )
