@@ -44,7 +44,7 @@ FASTER = {
     "schedule": (12, (8, 11), 0.1, "multisteplr"),
     "warm-up": (500, pytest.approx(1 / 3)),
     "optimizer": ("sgd", 0.02, 0.9, 1e-4, None, 35.0),
-    "data": ("hflip", 3, None),
+    "data": ("hflip", 0, None),
 }
 LIBRA_SAMPLER = (512, 0.25, (3, 0.5, True), None)
 NON_LOCAL = ("NonLocal", 2)
@@ -90,7 +90,7 @@ LIBRA_RPN = {
     "rpn sampler": (256, 0.5, (3, 0.3, True), 5),
     "rpn loss": ("BalancedL1Loss", pytest.approx(1 / 9), 0.5, 1.5),
 }
-FAST = {name: value for name, value in FASTER.items() if name not in OF_RPN} | {"data": ("hflip", 3, 1000)}
+FAST = {name: value for name, value in FASTER.items() if name not in OF_RPN} | {"data": ("hflip", 0, 1000)}
 
 MODERN = {
     "rounded": False,
@@ -101,7 +101,7 @@ MODERN_SECOND = {"pool": ((7, 7), 0, True), "loss": ("SmoothL1Loss", 0.0, None, 
 MODERN_FASTER = FASTER | MODERN | MODERN_RPN | MODERN_SECOND | {"rpn after NMS": (1000, 1000)}
 MODERN_LIBRA = MODERN_FASTER | {name: LIBRA[name] for name in ("rpn sampler", "sampler", "pyramid", "loss")}
 MODERN_FAST = {name: value for name, value in MODERN_FASTER.items() if name not in OF_RPN} | {
-    "data": ("hflip", 3, 2000)
+    "data": ("hflip", 0, 2000)
 }
 
 
