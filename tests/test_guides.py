@@ -75,8 +75,8 @@ def test_mmdetection():
     names = run("mmdetection.md")
     model = names["model"]
     assert model.roi_heads.fg_bg_sampler.num_bins == 3
-    labels = torch.cat([torch.ones(10), torch.zeros(900), -torch.ones(5)])
-    (positive,), (negative,) = model.rpn.fg_bg_sampler([labels])
+    labels = torch.cat([torch.ones(10), torch.zeros(900), -torch.ones(5)]).long()
+    (positive,), (negative,) = model.rpn.fg_bg_sampler([labels], [torch.zeros(915)], [torch.zeros_like(labels)])
     assert (positive.sum(), negative.sum()) == (10, 50)
     assert not (positive & (labels != 1)).any()
     assert not (negative & (labels != 0)).any()

@@ -42,8 +42,8 @@ def apply_conventions(
 ) -> Detector:
     """Lets a torchvision detector compute as mmdetection's, in place, option by option.
 
-    By default nothing is changed. Comes after :func:`apply_libra`, if that is called, and once. The keys of the state
-    dict keep their names; of the weights, ``init`` and ``p6_from`` make new ones.
+    By default nothing is changed. Comes after :func:`~balanced_learning.detection.apply_libra`, if that is called, and
+    once. The keys of the state dict keep their names; of the weights, ``init`` and ``p6_from`` make new ones.
 
     Args:
         model (FasterRCNN or RetinaNet): a detector of torchvision, balanced or not.

@@ -125,7 +125,7 @@ def _settled(config: Config) -> Config:
         )
     norm = config.conventions.norm or ""
     if norm.startswith("frozen") and not (model.small or model.weights or model.weights_backbone):
-        raise UserError(f"--norm {norm}: a backbone from scratch has no statistics yet; pass --norm batch")
+        raise UserError(f"--norm {norm}: a backbone from scratch has none to freeze; pass --norm batch")
     if model.sync_bn and norm == "frozen_statistics" and not model.small:
         raise UserError("--sync-bn: not with --norm frozen_statistics, which no process changes")
     for name in ("test_only", "check_data", "replay", "dump_proposals"):

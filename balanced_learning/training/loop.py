@@ -96,7 +96,7 @@ class Loop:
         return is_save_due
 
     def _stop_if_asked(self) -> None:
-        self.exchange.stop_if_asked(f"in {self.run.place()}; go on with --resume {self.run.folder / NEWEST}")
+        self.exchange.stop_if_asked(f"in {self.run.place()}; go on with --resume {self.run.folder}/{NEWEST}")
 
     def _is_late(self) -> bool:
         minutes = self.run.config.run.checkpoint_minutes

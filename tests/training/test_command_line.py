@@ -209,7 +209,7 @@ def test_a_program_that_does_not_train_takes_other_settings_of_training(checkpoi
         (["--dump-proposals", "x.npy", "--model", "libra_retinanet"], "--dump-proposals: .* has no RPN"),
         (["--opt", "sgd_nesterov", "--momentum", 0], "--momentum 0: --opt sgd_nesterov needs one"),
         (["--sync-bn", "--accumulation-steps", 2], "--sync-bn: not with --accumulation-steps"),
-        (["--norm", "frozen", "--weights-backbone", "none"], "--norm frozen: a backbone from scratch has no statistics"),
+        (["--norm", "frozen", "--weights-backbone", "none"], "--norm frozen: a backbone from scratch has none"),
         (["--norm", "frozen_statistics", "--sync-bn"], "--sync-bn: not with --norm frozen_statistics"),
         (["--dry-run", "--check-data"], "--dry-run: it trains; leave --check-data out"),
     ],
