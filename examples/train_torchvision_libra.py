@@ -12,7 +12,8 @@ With --output-dir FOLDER --resume auto the same command starts a run and goes on
 SIGUSR1 end the step, save, and end the program with exit code 75: the run can go on. A second Ctrl-C ends it at once.
 
 The output folder gets args.json, checkpoint.pth, and after every epoch a row of metrics.jsonl, curves.png and a picture
-of what was found, missed, and taken for an object. checkpoint_best.pth is the checkpoint with the highest AP.
+of what was found, missed, and taken for an object. checkpoint_best.pth is the checkpoint with the highest AP, or the
+highest AR1000 of an RPN alone.
 """
 
 import json

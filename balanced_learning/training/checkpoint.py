@@ -20,7 +20,7 @@ from balanced_learning.training.restoring import check_tensors, is_plain, load_s
 from balanced_learning.training.state_dicts import read_tensors
 
 NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"  # the last two of a run, in its folder
-BEST = "checkpoint_best.pth"  # the one with the highest AP
+BEST = "checkpoint_best.pth"  # the one with the highest AP, or AR1000 of proposals
 NORM_EPS = 1e-5  # torchvision's default of frozen batch norm
 
 Row = dict[str, float | int | None]

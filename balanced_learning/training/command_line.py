@@ -48,8 +48,9 @@ def read_command_line(given: argparse.Namespace, *, trains: bool = True) -> tupl
         warn(f"--recipe {name}: {recipe.note}")
     chosen = recipe.settings | flags
     checkpoint = _find_checkpoint(chosen)
+    trains = trains and not (chosen.get("test_only") or chosen.get("dump_proposals"))
     if checkpoint:
-        _check_agreement(chosen, checkpoint, trains and not chosen.get("test_only", False))
+        _check_agreement(chosen, checkpoint, trains)
         of_machine = {name: setting_fields()[name].default for name in ("device", "dist_url")}
         chosen = checkpoint.config.values() | of_machine | {"output_dir": checkpoint.path.parent} | chosen
     return _settled(Config.of(chosen)), checkpoint

@@ -247,7 +247,9 @@ class TrainingConfig:
         type=number(float, 0, 1),
         metavar="DECAY",
     )
-    patience: int | None = setting(None, "end after N epochs without a higher AP", type=positive, metavar="N")
+    patience: int | None = setting(
+        None, "end after N epochs without a higher AP (an RPN: AR1000)", type=positive, metavar="N"
+    )
     max_skipped_steps: int = setting(
         10,
         "steps of an epoch that may be skipped because a loss or gradient is not finite",

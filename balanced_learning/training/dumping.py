@@ -108,7 +108,8 @@ def dump_proposals(
         for split in splits:
             where = f"in the proposals of {split.name}; the same command goes on with {unfinished}"
             left = writer.left(split)
-            images = _images(split, list(left))
+            image_ids = list(left)
+            images = _images(split, image_ids)
             shares = OneByOne(len(images), rank=distributed.rank(), world_size=distributed.world_size())
             loader = DetectionLoader(images, shares, workers, precision.device)
             progress = Progress(f"proposals of {split.name}", print_freq, is_main=distributed.is_main())
@@ -117,7 +118,7 @@ def dump_proposals(
                 exchange.tell(batch.unreadable if batch else [])
                 exchange.stop_if_asked(where)
 
-            own = {list(left)[i] for i in shares.indices}
+            own = {image_ids[i] for i in shares.indices}
             for image_id, found in detect(model, loader, precision, progress, hear):
                 writer.put(left[image_id], found["boxes"].numpy(), found["scores"].numpy())
                 own.remove(image_id)

@@ -192,6 +192,6 @@ def _conventions(config: Config) -> dict[str, Any]:
     beta = conventions.rpn_beta
     if config.model.balances_rpn and config.model.box_loss:
         options["rpn_box_loss"] = BalancedL1Loss(libra.alpha, libra.gamma, beta, reduction="sum")
-    elif beta != ConventionsConfig.rpn_beta:
+    elif config.model.balances_rpn or beta != ConventionsConfig.rpn_beta:
         options["rpn_box_loss"] = nn.SmoothL1Loss(reduction="sum", beta=beta)
     return options

@@ -12,7 +12,7 @@ from balanced_learning.training.evaluation import Evaluation, evaluate_detection
 from balanced_learning.training.tide import MAX_DETECTIONS
 
 LIMITS = (100, 300, 1000)  # proposals of an image
-IOU_THRESHOLDS = torch.linspace(0.5, 0.95, 10, dtype=torch.float64)
+IOU_THRESHOLDS = torch.from_numpy(np.linspace(0.5, 0.95, 10))  # COCO's; torch's linspace has another 0.8
 _LARGEST_AREA = 1e10  # of an object that COCO counts, in square pixels
 
 

@@ -164,7 +164,7 @@ class Run:
         return training.lr * lr_factor(training, self.iterations, last_step)
 
     def end_epoch(self, metrics: dict[str, Any]) -> None:
-        """Ends the epoch with a row of its losses and of these metrics, and saves; the best AP so far twice."""
+        """Ends the epoch with a row of its losses and of these metrics, and saves; the best so far twice."""
         total = _total(distributed.gather(self.sums))
         row: dict[str, Any] = {"epoch": self.epoch, **_means(total), "lr": self.lr()}
         if self.skipped_steps:
@@ -182,7 +182,7 @@ class Run:
         return epochs_since_best(self.history)
 
     def is_over(self) -> bool:
-        """Whether all epochs are trained, or AP has not grown for too long."""
+        """Whether all epochs are trained, or the key metric has not grown for too long."""
         return self.epoch >= self.config.training.epochs or self._is_patience_over()
 
     def _is_patience_over(self) -> bool:
@@ -195,7 +195,8 @@ class Run:
         if self.epoch >= epochs:
             return f"all {epochs} epochs are trained"
         if self._is_patience_over():
-            return f"over, for AP has not grown for {self.epochs_since_best()} epochs, and --patience allows no more"
+            key, waited = key_metric(self.history[-1]), self.epochs_since_best()
+            return f"over, for {key} has not grown for {waited} epochs, and --patience allows no more"
         return f"goes on in {self.place()}, to {epochs} epochs"
 
     def place(self) -> str:

@@ -171,6 +171,13 @@ def test_each_setting_that_binds_is_refused_by_its_flag(checkpoint, name):
         read_command_line(given)
 
 
+def test_a_dump_takes_other_settings_of_training(checkpoint, tmp_path):
+    flags = ["--resume", checkpoint, "--dump-proposals", tmp_path / "p.npy", "--limit", 4]
+    assert config_of(*flags, "--rpn-post-nms-top-n-test", 300).conventions.rpn_post_nms_top_n_test == 300
+    with pytest.raises(UserError, match=r"^--min-size 65: "):
+        config_of(*flags, "--min-size", 65)
+
+
 def test_repeating_what_a_checkpoint_says_is_no_contradiction(checkpoint):
     assert config_of("--resume", checkpoint, "--min-size", 64, "--lr", 0.03, "--epochs", 6).training.epochs == 6
 

@@ -144,6 +144,12 @@ def test_curves_have_whole_epochs_and_legends_beside_the_axes(tmp_path, kept, nu
     assert [line.get_label() for line in figure.axes[1].lines] == ["AP", "AP50", "AP75"]
 
 
+def test_the_curves_of_proposals_are_of_their_recall(tmp_path, kept):
+    figures.save_curves(tmp_path / "curves.png", [{"epoch": 0, "loss": 1.0, "AP": 0.1, "AR100": 0.2, "AR1000": 0.4}])
+    assert [line.get_label() for line in kept[0].axes[1].lines] == ["AR100", "AR300", "AR1000"]
+    assert kept[0].axes[1].get_ylabel() == "average recall in %"
+
+
 def test_losses_are_drawn_with_their_gradients_and_smooth_l1_is_dashed(tmp_path, kept):
     smooth = {"smooth L1": nn.SmoothL1Loss()}
     rows = [smooth | {"ours": BalancedL1Loss()}, smooth | {str(i): BalancedL1Loss(gamma=1.0 + i) for i in range(5)}]

@@ -24,6 +24,15 @@ def test_a_small_detector_learns_from_one_icon(model):
     assert sum(detector([torch.rand(3, 16, 16)], targets).values()).isfinite()
 
 
+@pytest.mark.parametrize("flags", [["--model", "libra_rpn"], ["--rpn"]])
+@pytest.mark.parametrize("more", [[], ["--beta", 1], ["--box-loss-weight", 2]])
+def test_the_rpn_keeps_smooth_l1_without_balanced_l1_whatever_the_loss_of_the_second_stage(flags, more):
+    config = config_of("--data-path", "-", "--small", "--no-box-loss", *flags, *more)
+    loss = build_model(config, 3).rpn.box_loss
+    assert isinstance(loss, torch.nn.SmoothL1Loss)
+    assert loss.beta == 1 / 9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["libra_fasterrcnn", "libra_retinanet"])
 def test_four_real_images_are_learned_by_heart(real_data, model):

@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 from balanced_learning.training.data.coco import Split
 from balanced_learning.training.data.columns import Columns, pack
-from balanced_learning.training.recall import best_of, evaluate_proposals, proposal_recall
+from balanced_learning.training.recall import IOU_THRESHOLDS, best_of, evaluate_proposals, proposal_recall
 
 NAMES = ["AR100", "AR300", "AR1000"]
 
@@ -103,6 +103,10 @@ def test_agrees_with_pycocotools_where_boxes_share_ious(images, crowds):
         assert ours == dict.fromkeys(NAMES)
     else:
         assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+def test_the_thresholds_are_those_of_coco():
+    assert IOU_THRESHOLDS.tolist() == COCOeval(iouType="bbox").params.iouThrs.tolist()
 
 
 def test_only_the_first_proposals_count():

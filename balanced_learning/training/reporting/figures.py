@@ -29,19 +29,20 @@ BIN_COLORS = ["#56b4e9", "#f0e442", "#d55e00"]  # from the first bin of IoU to t
 
 
 def save_curves(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Draws the losses and the AP of all epochs into a PNG. Where it cannot be written, a warning says so."""
+    """Draws losses and AP, or recall of proposals, of all epochs. Where a PNG cannot be written, a warning says so."""
     epochs = [row["epoch"] for row in rows]
     figure, (losses, precision) = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
     for name in (n for n in rows[-1] if ("loss" in n and "/" not in n) or n in ("classification", "bbox_regression")):
         values = [row.get(name, math.nan) for row in rows]
         style = {"color": "black", "linewidth": 2.5} if name == "loss" else {}
         losses.plot(epochs, values, label="loss, the sum" if name == "loss" else name, marker=".", **style)
-    for name in ("AP", "AP50", "AP75"):
+    of_proposals = "AR1000" in rows[-1]
+    for name in ("AR100", "AR300", "AR1000") if of_proposals else ("AP", "AP50", "AP75"):
         values = [row.get(name) for row in rows]
         precision.plot(epochs, [math.nan if v is None else 100 * v for v in values], label=name, marker=".")
     losses.set(xlabel="epoch", ylabel="loss, mean of the epoch", yscale="log")
     losses.yaxis.set_major_formatter("{x:g}")
-    precision.set(xlabel="epoch", ylabel="average precision in %", ylim=(0, None))
+    precision.set(xlabel="epoch", ylabel=f"average {'recall' if of_proposals else 'precision'} in %", ylim=(0, None))
     for axis in (losses, precision):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
