@@ -53,7 +53,7 @@ def read_command_line(given: argparse.Namespace, *, trains: bool = True) -> tupl
         _check_agreement(chosen, checkpoint, trains)
         of_machine = {name: setting_fields()[name].default for name in ("device", "dist_url")}
         chosen = checkpoint.config.values() | of_machine | {"output_dir": checkpoint.path.parent} | chosen
-    return _settled(Config.of(chosen)), checkpoint
+    return _settled(Config.of(chosen), checkpoint), checkpoint
 
 
 def _find_checkpoint(chosen: dict[str, Any]) -> Checkpoint | None:
@@ -89,8 +89,9 @@ def _check_agreement(chosen: dict[str, Any], checkpoint: Checkpoint, trains: boo
             raise UserError(f"{here}: {checkpoint.path} was made with {there}, and goes on so without the flag")
 
 
-def _settled(config: Config) -> Config:
+def _settled(config: Config, checkpoint: Checkpoint | None) -> Config:
     """Checks settings against each other, and fills in those that follow from others or from the machine."""
+    is_trained = checkpoint is not None or config.model.weights is not None
     model, training, run, data = config.model, config.training, config.run, config.data
     if are_torchvisions(model.weights) and (model.small or model.backbone != "resnet50"):
         hint = "pass --no-small" if model.small else f"got --backbone {model.backbone}"
@@ -113,11 +114,14 @@ def _settled(config: Config) -> Config:
     if run.dump_proposals:
         if model.is_retinanet or model.is_fast_rcnn:
             raise UserError(f"--dump-proposals: --model {model.model} has no RPN")
-        if not (run.resume or model.weights):
+        if not is_trained:
             raise UserError("--dump-proposals: there are no trained weights; pass --resume or --weights")
+        for name in ("test_only", "check_data", "replay"):
+            if getattr(run, name):
+                raise UserError(f"--dump-proposals: it does nothing else; leave {flag_of(name)} out")
     if training.opt == "sgd_nesterov" and training.momentum == 0:
         raise UserError("--momentum 0: --opt sgd_nesterov needs one")
-    if run.test_only and not (run.resume or model.weights):
+    if run.test_only and not is_trained:
         raise UserError("--test-only: there are no trained weights; pass --resume or --weights")
     if model.sync_bn and training.accumulation_steps > 1:
         raise UserError(

@@ -206,6 +206,15 @@ def test_a_program_that_does_not_train_takes_other_settings_of_training(checkpoi
         (["--beta", 0], "--beta 0: balanced L1 needs one above 0; L1 is --no-box-loss --beta 0"),
         (["--rpn", "--rpn-beta", 0], "--rpn-beta 0: balanced L1 needs one above 0"),
         (["--dump-proposals", "x.npy"], "--dump-proposals: there are no trained weights"),
+        (
+            ["--dump-proposals", "x.npy", "--resume", "auto", "--output-dir", "not_there"],
+            "--dump-proposals: there are no trained weights",
+        ),
+        (["--test-only", "--resume", "auto", "--output-dir", "not_there"], "--test-only: there are no trained weights"),
+        (
+            ["--dump-proposals", "x.npy", "--weights", "DEFAULT", "--check-data"],
+            "--dump-proposals: .* --check-data out",
+        ),
         (["--dump-proposals", "x.npy", "--model", "libra_retinanet"], "--dump-proposals: .* has no RPN"),
         (["--opt", "sgd_nesterov", "--momentum", 0], "--momentum 0: --opt sgd_nesterov needs one"),
         (["--sync-bn", "--accumulation-steps", 2], "--sync-bn: not with --accumulation-steps"),

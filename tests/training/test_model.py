@@ -1,6 +1,10 @@
+from operator import attrgetter
+
 import pytest
 import torch
+from torchvision.ops import FrozenBatchNorm2d
 
+from balanced_learning.detection.normalization import FrozenStatisticsBatchNorm2d
 from balanced_learning.training.data.coco import read_split
 from balanced_learning.training.data.dataset import DetectionDataset
 from balanced_learning.training.model import build_model
@@ -31,6 +35,51 @@ def test_the_rpn_keeps_smooth_l1_without_balanced_l1_whatever_the_loss_of_the_se
     loss = build_model(config, 3).rpn.box_loss
     assert isinstance(loss, torch.nn.SmoothL1Loss)
     assert loss.beta == 1 / 9
+
+
+@pytest.mark.parametrize(
+    ("flags", "part", "expected"),
+    [
+        ([], "roi_heads.box_loss.beta", 1.0),
+        (["--beta", 0.5], "roi_heads.box_loss.beta", 0.5),
+        (["--model", "libra_retinanet"], "head.regression_head.box_loss.beta", 0.11),
+        (["--no-box-loss", "--box-loss-weight", 2], "roi_heads.box_loss.loss.beta", 1 / 9),
+        (
+            ["--model", "libra_retinanet", "--no-box-loss", "--box-loss-weight", 2],
+            "head.regression_head.box_loss.loss.beta",
+            0.0,
+        ),
+        (["--rpn", "--alpha", 0.2], "rpn.box_loss.alpha", 0.2),
+        (["--rpn", "--gamma", 1.0], "rpn.box_loss.gamma", 1.0),
+        (["--rpn", "--num-bins", 5], "rpn.fg_bg_sampler.num_bins", 5),
+        (["--rpn", "--no-instance-balanced"], "rpn.fg_bg_sampler.instance_balanced", False),
+        (["--no-instance-balanced"], "roi_heads.fg_bg_sampler.instance_balanced", False),
+        (["--rpn-pre-nms-top-n-train", 7], "rpn._pre_nms_top_n", {"training": 7, "testing": 200}),
+        (["--rpn-pre-nms-top-n-test", 7], "rpn._pre_nms_top_n", {"training": 200, "testing": 7}),
+        (["--rpn-post-nms-top-n-train", 7], "rpn._post_nms_top_n", {"training": 7, "testing": 200}),
+        (["--rpn-post-nms-top-n-test", 7], "rpn._post_nms_top_n", {"training": 100, "testing": 7}),
+        (["--rpn-score-thresh", 0.25], "rpn.score_thresh", 0.25),
+        (["--detections-per-image", 7], "roi_heads.detections_per_img", 7),
+        (["--detections-per-image", 7, "--model", "libra_retinanet"], "detections_per_img", 7),
+    ],
+)
+def test_a_setting_reaches_its_part_of_the_detector(flags, part, expected):
+    detector = build_model(config_of("--data-path", "-", "--small", *flags), 3)
+    assert attrgetter(part)(detector) == expected
+
+
+@pytest.mark.parametrize(
+    ("norm", "cls"),
+    [
+        ("batch", torch.nn.BatchNorm2d),
+        ("frozen", FrozenBatchNorm2d),
+        ("frozen_statistics", FrozenStatisticsBatchNorm2d),
+    ],
+)
+def test_the_backbone_has_the_batch_norm_that_is_asked_for(norm, cls):
+    with torch.device("meta"):
+        detector = build_model(config_of("--data-path", "-", "--backbone", "resnet18", "--norm", norm), 3)
+    assert type(detector.backbone.body.bn1) is cls
 
 
 @pytest.mark.slow
