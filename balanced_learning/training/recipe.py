@@ -127,5 +127,7 @@ def _table_as_flags(source: str, table: str, values: Any) -> list[str]:
         if isinstance(value, bool) != is_switch or isinstance(value, list) != takes_list:
             wanted = "true or false" if is_switch else "a list" if takes_list else "one value"
             raise UserError(f"{source}: [{table}] {key} must be {wanted}, got {value!r}")
+        if any(isinstance(each, str) and each.startswith("-") for each in (value if takes_list else [value])):
+            raise UserError(f"{source}: [{table}] {key} must not be a flag, got {value!r}")
         words += as_flag(key, value)
     return words

@@ -88,6 +88,8 @@ def test_a_recipe_of_ones_own(tmp_path):
         ("[model]\nmin_size = [64, 96]", r"\[model\] min_size must be one value"),
         ("[data]\nkeep_empty = []", r"\[data\] keep_empty must be true or false"),
         ("[training]\nlr_steps = 3", r"\[training\] lr_steps must be a list"),
+        ("[training]\namp = '--test-only'", r"\[training\] amp must not be a flag, got '--test-only'"),
+        ("[training]\nlr_steps = ['--test-only']", r"\[training\] lr_steps must not be a flag"),
         ("[training]\nlr = nan", "--lr: must be at least 0, got nan"),
         ("[training]\nepochs = 1.5", "--epochs: must be a whole number, got '1.5'"),
         ("not toml", "cannot be read"),
