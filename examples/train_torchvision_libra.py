@@ -88,7 +88,8 @@ def read_data(
     num_images = len(train_loader.dataset)
     if num_empty := len(train_split.images) - num_images:
         distributed.say(f"{num_empty} images without a box to learn are left out; --keep-empty takes them")
-    distributed.say(f"{num_images} images to train on, {len(val.images)} to evaluate, {len(labels.names)} classes")
+    classes = f"{len(labels.names)} class{'es' if len(labels.names) != 1 else ''}"
+    distributed.say(f"{num_images} images to train on, {len(val.images)} to evaluate, {classes}")
     return labels, train_loader, val_loader
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from balanced_learning import backend_info
+from balanced_learning.detection.normalization import FrozenStatisticsBatchNorm2d
 from balanced_learning.training.config import Config, images_per_step, setting_fields
 from balanced_learning.training.data.coco import Split
 from balanced_learning.training.data.labels import Labels
@@ -22,6 +23,7 @@ from balanced_learning.training.state_dicts import read_tensors
 NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"  # the last two of a run, in its folder
 BEST = "checkpoint_best.pth"  # the one with the highest AP, or AR1000 of proposals
 NORM_EPS = 1e-5  # torchvision's default of frozen batch norm
+_FROZEN_NORMS = (FrozenBatchNorm2d, FrozenStatisticsBatchNorm2d)
 
 Row = dict[str, float | int | None]
 
@@ -346,9 +348,16 @@ def _check_fault(fault: Any, num_classes: int) -> None:
             raise ValueError(f"fault has proposals that are no boxes at {i}")
 
 
+def set_norm_eps(model: nn.Module, eps: float) -> None:
+    """Gives an epsilon to all batch norm whose statistics are frozen."""
+    for module in model.modules():
+        if isinstance(module, _FROZEN_NORMS):
+            module.eps = eps
+
+
 def _norm_eps(parts: dict[str, Any]) -> float:
     modules = (module for part in parts.values() if isinstance(part, nn.Module) for module in part.modules())
-    return next((module.eps for module in modules if isinstance(module, FrozenBatchNorm2d)), NORM_EPS)
+    return next((module.eps for module in modules if isinstance(module, _FROZEN_NORMS)), NORM_EPS)
 
 
 def _config(source: str, plain: Any) -> Config:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
-from torchvision.models.detection._utils import overwrite_eps
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from balanced_learning import BalancedFeaturePyramid, BalancedL1Loss, IoUBalancedSampler
@@ -16,7 +15,7 @@ from balanced_learning.detection.normalization import FrozenStatisticsBatchNorm2
 from balanced_learning.detection.proposals import first_stage, second_stage
 from balanced_learning.detection.stages import WeightedLoss
 from balanced_learning.training import distributed, randomness
-from balanced_learning.training.checkpoint import Checkpoint
+from balanced_learning.training.checkpoint import Checkpoint, set_norm_eps
 from balanced_learning.training.config import Config, ConventionsConfig, ModelConfig
 from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.errors import UserError
@@ -37,7 +36,7 @@ def make_model(config: Config, labels: Labels, checkpoint: Checkpoint | None) ->
         model = build_model(config, labels.num_classes)
     if checkpoint:
         checkpoint.restore({"model": model})
-        overwrite_eps(model, checkpoint.norm_eps)
+        set_norm_eps(model, checkpoint.norm_eps)
     elif (taken := load_weights(model, config.model, labels)) and distributed.is_main():
         print(taken)
     return model

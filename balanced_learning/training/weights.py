@@ -8,10 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_weights
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, RetinaNet_ResNet50_FPN_Weights
-from torchvision.models.detection._utils import overwrite_eps
 
 from balanced_learning.training import distributed
-from balanced_learning.training.checkpoint import NORM_EPS, Checkpoint
+from balanced_learning.training.checkpoint import NORM_EPS, Checkpoint, set_norm_eps
 from balanced_learning.training.config import Config, ModelConfig
 from balanced_learning.training.data.coco import Split
 from balanced_learning.training.data.labels import Labels
@@ -143,7 +142,7 @@ class DetectorWeights:
         others = _OTHER_TASKS + _OTHER_STAGE.get(config.model, ())
         state = {key: value for key, value in whole.items() if not key.startswith(others + predictors)}
         missing = load(model, state, self.flag, may_miss=_NECKS + predictors, hint=self._what_fits(whole, config))
-        overwrite_eps(model, self.norm_eps)
+        set_norm_eps(model, self.norm_eps)
         said = f"{self.flag}: takes {_parts(key for key in model.state_dict() if key not in missing)}"
         if missing:
             said += f"; starts anew: {_parts(missing)}" + (f" ({unknown})" if unknown else "")

@@ -18,6 +18,7 @@ from torchvision.models.detection import (
 from torchvision.ops import FrozenBatchNorm2d
 
 from balanced_learning.detection import libra_fasterrcnn
+from balanced_learning.detection.normalization import FrozenStatisticsBatchNorm2d
 from balanced_learning.training import load_detector
 from balanced_learning.training.checkpoint import save
 from balanced_learning.training.data.coco import read_split
@@ -186,7 +187,8 @@ def test_other_tasks_are_left_out_aloud(own_root, tmp_path, capsys):
 
 
 def norm_eps(model):
-    (eps,) = {module.eps for module in model.modules() if isinstance(module, FrozenBatchNorm2d)}
+    frozen = FrozenBatchNorm2d, FrozenStatisticsBatchNorm2d
+    (eps,) = {module.eps for module in model.modules() if isinstance(module, frozen)}
     return eps
 
 
@@ -196,6 +198,7 @@ def test_the_epsilon_of_frozen_batch_norm_goes_with_the_weights(own_root, tmp_pa
     monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: state)
     named, labels = start(own_root, "--weights", "DEFAULT")
     assert norm_eps(named) == norm_eps(fasterrcnn_resnet50_fpn(weights="DEFAULT")) == 0
+    assert norm_eps(start(own_root, "--weights", "DEFAULT", "--norm", "frozen_statistics")[0]) == 0
     for name, expected in ((COCO_FILE, 0), ("another.pth", 1e-5)):
         torch.save(state, tmp_path / name)
         assert norm_eps(start(own_root, "--weights", tmp_path / name)[0]) == expected
