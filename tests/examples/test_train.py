@@ -425,8 +425,8 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, coco_root, error, wo
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["libra_fasterrcnn", "libra_retinanet"])
 def test_real_coco_images_at_full_size(tmp_path, real_data, train, model):
-    """Crowds, grey-scale images and 800 x 1333 pixels, through training, evaluation and a resume."""
-    options = ["--data-path", real_data("coco_tiny"), "--model", model, "--backbone", "resnet18", "--limit", 3]
+    """Images with crowds at 800 x 1333 pixels, through training, evaluation and a resume."""
+    options = ["--data-path", real_data("coco_tiny"), "--model", model, "--backbone", "resnet18", "--limit", 2]
     options += ["--weights-backbone", "none", "-j", 0, "--device", "cpu", "--output-dir", tmp_path]
     options += ["--rpn"] if model == "libra_fasterrcnn" else []
     assert "AP50" in train(*options, "--epochs", 1)
