@@ -22,9 +22,9 @@ from pathlib import Path
 from balanced_learning.training import distributed
 from balanced_learning.training.endings import ends_in_one_line
 from balanced_learning.training.errors import UserError
+from balanced_learning.training.reproduction.commands import print_commands
 from balanced_learning.training.reproduction.folders import check_settings
 from balanced_learning.training.reproduction.hours import count_images
-from balanced_learning.training.reproduction.outlook import print_commands
 from balanced_learning.training.reproduction.plan import Plan, Request, make_plan
 from balanced_learning.training.reproduction.published import NUMBERS, read_table
 from balanced_learning.training.reproduction.reproducing import Reproduction

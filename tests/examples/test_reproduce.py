@@ -222,7 +222,7 @@ def test_a_run_ends_with_the_program_that_is_killed(run):
 
 def test_a_program_without_a_parent_does_not_begin(tmp_path):
     """It was killed before its run could ask to end with it."""
-    words = [sys.executable, "-I", running.tied.__file__, "1", sys.executable, "-c", "print('begins')"]
+    words = [sys.executable, "-I", running.ends_with_parent.__file__, "1", sys.executable, "-c", "print('begins')"]
     result = subprocess.run(words, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "")
     words[3] = f"{os.getpid()}"

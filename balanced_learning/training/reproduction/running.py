@@ -13,7 +13,7 @@ from typing import IO
 
 from balanced_learning.training.errors import UserError, printable
 from balanced_learning.training.output_folder import LOCK, locked
-from balanced_learning.training.reproduction import tied
+from balanced_learning.training.reproduction import ends_with_parent
 from balanced_learning.training.reproduction.plan import Job
 from balanced_learning.training.signals import EXIT_CODE, Stopped, StopSignals
 
@@ -31,7 +31,7 @@ def run_job(job: Job, signals: StopSignals) -> str | None:
     """
     _wait_for(job.folder)
     with signals.deferred():
-        command = [sys.executable, "-I", tied.__file__, f"{os.getpid()}", *job.command]
+        command = [sys.executable, "-I", ends_with_parent.__file__, f"{os.getpid()}", *job.command]
         # In a session of its own, it hears of Ctrl-C once, from here: torchrun takes the second one amiss.
         child = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)  # noqa: S603
         errors = _Errors(child.stderr)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Becomes a program that the end of the process PID, in whatever way, ends with SIGTERM: tied.py PID PROGRAM WORD..."""
+"""Becomes a program that gets SIGTERM when its parent PID ends, however: ends_with_parent.py PID PROGRAM WORD..."""
 
 import ctypes
 import os
