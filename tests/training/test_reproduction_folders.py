@@ -71,6 +71,12 @@ def test_a_run_with_other_settings_is_refused_by_name(job, name, value, told):
         check_settings(job)
 
 
+def test_a_learning_rate_that_follows_from_the_images_of_a_step_is_not_what_is_told(job):
+    change(job, world_size=2, lr=0.005)
+    with pytest.raises(UserError, match="4 images a step, not 2"):
+        check_settings(job)
+
+
 @pytest.mark.parametrize("settings", [{"device": "cuda"}, {"workers": 9}, {"batch_size": 1, "world_size": 2}])
 def test_what_changes_no_result_may_be_another(job, settings):
     change(job, **settings)
@@ -89,7 +95,7 @@ def test_a_run_that_has_not_saved_may_be_begun_anew_with_other_settings(job):
     change(job, batch_size=64, lr=3.0)
     check_settings(job)
     (job.folder / "checkpoint_previous.pth").touch()
-    with pytest.raises(UserError, match=r"--lr 3\.0, not 0\.0025"):
+    with pytest.raises(UserError, match="64 images a step, not 2"):
         check_settings(job)
 
 

@@ -15,7 +15,7 @@ from balanced_learning.training.run import epochs_since_best
 from balanced_learning.training.settings import flag_of
 
 # Settings that change no result, or only in its rounding. Of the batch, the images of a step count.
-_FREE = {
+FREE = {
     *("device", "workers", "max_unreadable", "strict_data", "max_skipped_steps", "output_dir", "resume", "dist_url"),
     *("checkpoint_steps", "checkpoint_minutes", "print_freq", "tensorboard", "coco_backend", "dump_proposals"),
     *("channels_last", "compile", "use_deterministic_algorithms", "batch_size", "accumulation_steps"),
@@ -102,15 +102,15 @@ def difference(job: Job) -> str | None:
         there = read_settings(job.folder) if has_begun else {}
     if not there:
         return None
+    images = there["batch_size"] * there["accumulation_steps"] * there["world_size"]
+    if images != job.images_per_step:  # before the learning rate, which follows from it
+        return f"was made with {images} images a step, not {job.images_per_step}"
     here = json.loads(json.dumps(job.config.plain()))
-    for name in (name for name in here if name not in _FREE):
+    for name in (name for name in here if name not in FREE):
         before = there.get(name, setting_fields()[name].default)
         is_path = name in _PATHS and before and here[name]
         if not (_is_same_place(before, here[name], there, here) if is_path else before == here[name]):
             return f"was made with {flag_of(name)} {_shown(before)}, not {_shown(here[name])}"
-    images = there["batch_size"] * there["accumulation_steps"] * there["world_size"]
-    if images != job.images_per_step:
-        return f"was made with {images} images a step, not {job.images_per_step}"
     return None
 
 
