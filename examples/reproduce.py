@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from balanced_learning.training import distributed
+from balanced_learning.training.data.proposals import ProposalFile
 from balanced_learning.training.endings import ends_in_one_line
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.reproduction.commands import print_commands
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         if given.dry_run:
             print_commands(plan, images, given.images_per_second)
         else:
-            require_data(plan)
+            require_data(request, plan)
             Reproduction(request, plan, images).run(signals)
 
 
@@ -97,7 +98,14 @@ def read_request(given: argparse.Namespace) -> Request:
     )
 
 
-def require_data(plan: Plan) -> None:
+def require_data(request: Request, plan: Plan) -> None:
+    """Checks what all runs read.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    if request.proposals and any(job.config.data.proposals for job in plan.jobs):
+        ProposalFile.open(request.proposals)
     for job in plan.jobs:
         if job.config.data.data_path is None and not job.config.model.small:
             raise UserError("--data-path: pass COCO's folder; without, only -- --small is trained, on drawn shapes")

@@ -143,6 +143,14 @@ def test_rows_fail_with_the_rpn_that_they_need(run):
     assert run.table(5)["rows"][0]["runs"]["0"]["error"] == "RPN for tables 2, 4, 5 and 6, seed 0: failed"
 
 
+def test_proposals_that_are_not_there_are_missed_once(run):
+    missing = run.folder / "missing.npy"
+    with pytest.raises(SystemExit, match=rf"^error: {missing}: cannot be read \(No such file"):
+        run("--table", 5, "--proposals", missing)
+    assert run.called == []
+    assert len(run("--table", 3, "--proposals", missing)) == 4  # reads none
+
+
 def test_a_run_that_ends_too_early_has_failed(run, capsys):
     with pytest.raises(SystemExit, match="error: 1 of 1 runs failed"):
         run("--table", 3, "--rows", "rpn_r50_1x", rpn_r50_1x="ends")

@@ -5,6 +5,7 @@ import math
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -147,13 +148,29 @@ def test_a_table_says_what_is_not_as_in_the_paper(written):
     assert not any("images" in note and "COCO's" in note for note in of_coco["notes"])
 
 
+def test_options_that_change_no_result_are_no_other_settings(tmp_path):
+    request = replace(request_of(tmp_path), options=("--accumulation-steps", "4", "-j", "0"))
+    (tmp_path / "out").mkdir()
+    text = write_table(request, request.tables[0], make_plan(request), COCO, None, {})
+    assert "- Trained with --accumulation-steps 4 -j 0.\n" in text
+    assert "- A step has 8 images, not 16 as in the paper.\n" in text
+
+
+def test_a_table_names_its_proposals(written):
+    content, _ = written({})
+    assert any("share those of the RPN trained here" in note for note in content["notes"])
+    content, _ = written({}, proposals=Path("of/others.npy"))
+    assert any("share those of of/others.npy" in note for note in content["notes"])
+
+
 def test_notes_of_recipes_name_their_rows(tmp_path):
     request = request_of(tmp_path, 1)
     (tmp_path / "out").mkdir()
     text = write_table(request, request.tables[0], make_plan(request), COCO, None, {})
     assert re.search(r"^- faster_rcnn_x101_1x, libra_rcnn_x101_1x: .*X-101", text, re.MULTILINE)
     assert "test-dev" in text
-    bare = replace(request, options=())
+    bare = replace(request, options=(), processes=8)
+    assert "A step has" not in write_table(bare, bare.tables[0], make_plan(bare), COCO, None, {})
     assert "Trained with" not in write_table(bare, bare.tables[0], make_plan(bare), COCO, None, {})
 
 

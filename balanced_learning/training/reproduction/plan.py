@@ -1,32 +1,17 @@
 """The runs that tables take: each a call of the training program, made once however many rows share it."""
 
 import json
-import os
 import sys
-from argparse import ArgumentParser
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
-from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from balanced_learning.training.command_line import read_command_line
-from balanced_learning.training.config import Config, images_per_step
+from balanced_learning.training.config import Config
 from balanced_learning.training.errors import UserError, shown
-from balanced_learning.training.flags import make_parser
+from balanced_learning.training.reproduction.options import checked_options, count_gpus, settle
 from balanced_learning.training.reproduction.published import Row, Table
-from balanced_learning.training.settings import flag_of
 
 PROPOSER = "paper/rpn_r50_1x"  # the RPN whose proposals the rows of Fast R-CNN share
-
-# Settings that this program decides, or that would make something else of a run than a row.
-_OWN = {
-    *("recipe", "list_recipes", "model", "seed", "data_path", "proposals", "dump_proposals", "output_dir", "resume"),
-    *("start_epoch", "test_only", "check_data", "dry_run", "replay"),
-}
 
 
 @dataclass(frozen=True)
@@ -131,8 +116,8 @@ class _Planner:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.options = _checked_options(request.options)
-        self.processes = request.processes or _count_gpus(self.options)
+        self.options = checked_options(request.options)
+        self.processes = request.processes or count_gpus(request.options)
         self.jobs: dict[tuple[str, int], Job] = {}
 
     def job_of(self, table: Table, row: Row, seed: int) -> Job:
@@ -167,18 +152,12 @@ class _Planner:
         folder = request.output_dir / "runs" / recipe / f"seed_{seed}"
         words = ["--recipe", recipe, "--seed", f"{seed}", "--output-dir", f"{folder}", *map(str, more)]
         data = ["--data-path", f"{request.data_path}"] if request.data_path else []
-        config, images = self._settled([*words, *data, *self.options])
+        config, images = settle([*words, *data, *self.options], self.processes)
         if not (data or config.model.small):
             data = ["--data-path", "coco"]  # to be read in the command; without data, nothing large is trained
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", f"{self.processes}"]
         launch = [sys.executable, *(launcher if self.processes > 1 else []), f"{request.program}"]
         return Job(title, config, images, (*launch, *words, *data, "--resume", "auto", *self.options), **fields)
-
-    def _settled(self, words: list[str]) -> tuple[Config, int]:
-        with _announced(self.processes):
-            with redirect_stderr(StringIO()):  # the program says it, too
-                config, _ = read_command_line(_parser().parse_args(words))
-            return config, images_per_step(config)
 
 
 def proposals_file(folder: Path) -> Path:
@@ -209,39 +188,3 @@ def read_maker(proposals: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict) or type(content.get("seed")) is not int:
         raise UserError(f"{file}: must have the settings of the RPN, got {shown(content)}")
     return content
-
-
-def _checked_options(options: tuple[str, ...]) -> list[str]:
-    """The options; of a small detector also its backbone, for which some rows have another one."""
-    given = vars(_parser().parse_args(list(options)))
-    if own := sorted(_OWN & given.keys()):
-        raise UserError(f"-- {flag_of(own[0])}: is not for this program to pass on; see its own options")
-    return [*options, *(["--backbone", "resnet50"] if given.get("small") and "backbone" not in given else [])]
-
-
-def _count_gpus(options: list[str]) -> int:
-    device = getattr(_parser().parse_args(options), "device", "auto")
-    return max(1, torch.cuda.device_count()) if device in ("auto", "cuda") else 1
-
-
-def _parser() -> ArgumentParser:
-    parser = make_parser()
-    parser.error = _refuse  # type: ignore[method-assign,assignment]
-    return parser
-
-
-def _refuse(message: str) -> None:
-    raise UserError(f"options of the training program, behind --: {message}")
-
-
-@contextmanager
-def _announced(processes: int) -> Iterator[None]:
-    """Lets settings follow from the number of processes, as they will in each of them."""
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = f"{processes}"
-    try:
-        yield
-    finally:
-        del os.environ["WORLD_SIZE"]
-        if before is not None:
-            os.environ["WORLD_SIZE"] = before

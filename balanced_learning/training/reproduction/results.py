@@ -2,13 +2,16 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
+from balanced_learning.training.config import PAPER_IMAGES
 from balanced_learning.training.files import write_text
-from balanced_learning.training.reproduction.folders import difference, is_finished, read_rows, read_settings
+from balanced_learning.training.reproduction.folders import FREE, difference, is_finished, read_rows, read_settings
 from balanced_learning.training.reproduction.hours import COCO, Images
 from balanced_learning.training.reproduction.markdown import as_markdown
+from balanced_learning.training.reproduction.options import given_settings
 from balanced_learning.training.reproduction.plan import Cell, Job, Plan, Request
 from balanced_learning.training.reproduction.published import Row, Table
 from balanced_learning.training.reproduction.spreads import FEWEST, interval, mean, spread
@@ -62,7 +65,7 @@ def gather_table(
         "versions": _distinct([each.get("versions") for each in settings]),
         "device": "; ".join(_distinct([_device(each) for each in settings])),
         "commit": commit,
-        "notes": [*table.notes, *_recipe_notes(table), *_notes(request, images)],
+        "notes": [*table.notes, *_recipe_notes(table), *_notes(request, table, plan, images)],
         "rows": [_row(row, table, runs) for row in table.rows],
     }
 
@@ -137,10 +140,21 @@ def _recipe_notes(table: Table) -> list[str]:
     return [f"{', '.join(names)}: {note}" for note, names in rows.items() if note]
 
 
-def _notes(request: Request, images: Images) -> list[str]:
+def _notes(request: Request, table: Table, plan: Plan, images: Images) -> list[str]:
     notes = []
+    if any(row.takes_proposals for row in table.rows):
+        source = request.proposals or "the RPN trained here"
+        notes.append(
+            f"The paper's proposals were not published. All rows share those of {source}, of which an image has 1,000 "
+            "at most, as in the authors' runs."
+        )
     if request.options:
-        notes.append(f"Trained with {' '.join(request.options)}: not with the settings of the recipes.")
+        is_other = not FREE.issuperset(given_settings(request.options))
+        end = ": not with the settings of the recipes." if is_other else "."
+        notes.append(f"Trained with {shlex.join(request.options)}{end}")
+    step = plan.cells[Cell(table.stem, table.rows[0].name, request.seeds[0])].images_per_step
+    if step != PAPER_IMAGES:
+        notes.append(f"A step has {step} images, not {PAPER_IMAGES} as in the paper.")
     if images != COCO:
         notes.append(
             f"Trained on {images.train:,} images and evaluated on {images.val:,}, not on COCO's {COCO.train:,} and "
