@@ -151,6 +151,13 @@ def test_proposals_that_are_not_there_are_missed_once(run):
     assert len(run("--table", 3, "--proposals", missing)) == 4  # reads none
 
 
+def test_tables_that_cannot_be_written_are_known_before_the_first_run(run):
+    (run.out / "table_3.json").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"table_3\.json: cannot be written"):
+        run("--table", 3)
+    assert run.called == []
+
+
 def test_a_run_that_ends_too_early_has_failed(run, capsys):
     with pytest.raises(SystemExit, match="error: 1 of 1 runs failed"):
         run("--table", 3, "--rows", "rpn_r50_1x", rpn_r50_1x="ends")

@@ -32,13 +32,14 @@ class Reproduction:
         self.failures: dict[Job, str] = {}
 
     def run(self, signals: StopSignals) -> None:
-        """Does what is left to do, writes the tables after each run, and prints them at the end.
+        """Does what is left to do, writes the tables before the first run and after each, and prints them at the end.
 
         Raises:
             Stopped: after a signal.
             UserError: if runs have failed, when all others are done.
         """
         make_folder(self.request.output_dir)
+        self._write_tables()  # if that cannot be, it is known before days of training
         jobs, took = self.plan.jobs, list[float]()
         left = [job for job in jobs if not is_finished(job)]
         for number, job in enumerate(left):
