@@ -103,7 +103,8 @@ def test_what_was_made_with_other_settings_is_refused_by_name(run, capsys):
         reproduce.main(given)
     folder = run.out / "runs/paper/rpn_r101_1x/seed_0"
     assert caught.value.code == (
-        f"error: {folder}: was made with --lr 0.0025, not 1.0; name another --output-dir, or remove it"
+        f"error: {folder}: was made with --lr 0.0025, and is asked for with --lr 1.0; "
+        "name another --output-dir, or remove it"
     )
     reproduce.main([*run.prepare("--table", 3, "--rows", "rpn_r50_1x")[:-4], "--", *LITTLE])
 

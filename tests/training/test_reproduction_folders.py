@@ -54,13 +54,13 @@ def test_a_run_is_finished_when_its_patience_is_over(job):
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("lr", 0.25, "--lr 0.25, not 0.0025"),
-        ("epochs", 1, "--epochs 1, not 2"),
-        ("limit", 4, "--limit 4, not none"),
-        ("lr_steps", [8], "--lr-steps 8, not 8 11"),
-        ("pyramid", True, "--pyramid True, not False"),
-        ("data_path", "/elsewhere", "--data-path /elsewhere, not "),
-        ("seed", 1, "--seed 1, not 0"),
+        ("lr", 0.25, "--lr 0.25, and is asked for with --lr 0.0025"),
+        ("epochs", 1, "--epochs 1, and is asked for with --epochs 2"),
+        ("limit", 4, "--limit 4, and is asked for with no --limit"),
+        ("lr_steps", [8], "--lr-steps 8, and is asked for with --lr-steps 8 11"),
+        ("pyramid", True, "--pyramid, and is asked for with --no-pyramid"),
+        ("data_path", "/elsewhere", "--data-path /elsewhere, and is asked for with --data-path "),
+        ("seed", 1, "--seed 1, and is asked for with --seed 0"),
         ("world_size", 2, "4 images a step, not 2"),
         ("batch_size", 4, "4 images a step, not 2"),
     ],
@@ -110,7 +110,7 @@ def test_runs_and_proposals_may_be_moved_together(tmp_path):
         check_settings(job)
         assert is_finished(job) != bool(job.dumps)
     change(moved.jobs[-1], proposals="/other/proposals.npy")
-    with pytest.raises(UserError, match=r"--proposals /other/proposals\.npy, not .*/moved/proposals\.npy"):
+    with pytest.raises(UserError, match=r"--proposals /other/proposals\.npy, and .*/moved/proposals\.npy"):
         check_settings(moved.jobs[-1])
 
 

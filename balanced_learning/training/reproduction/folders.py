@@ -10,9 +10,9 @@ from balanced_learning.training.checkpoint import NEWEST, PREVIOUS
 from balanced_learning.training.config import setting_fields
 from balanced_learning.training.errors import UserError, shown
 from balanced_learning.training.files import write_text
+from balanced_learning.training.flags import as_typed
 from balanced_learning.training.reproduction.plan import Job, maker_file, read_maker
 from balanced_learning.training.run import epochs_since_best
-from balanced_learning.training.settings import flag_of
 
 # Settings that change no result, or only in its rounding. Of the batch, the images of a step count.
 FREE = {
@@ -110,7 +110,7 @@ def difference(job: Job) -> str | None:
         before = there.get(name, setting_fields()[name].default)
         is_path = name in _PATHS and before and here[name]
         if not (_is_same_place(before, here[name], there, here) if is_path else before == here[name]):
-            return f"was made with {flag_of(name)} {_shown(before)}, not {_shown(here[name])}"
+            return f"was made with {as_typed(name, before)}, and is asked for with {as_typed(name, here[name])}"
     return None
 
 
@@ -118,10 +118,6 @@ def _is_same_place(before: str, here: str, there: dict[str, Any], settings: dict
     """Whether two paths are one, or lie in the same place beside a folder of runs that was moved."""
     seen = [os.path.relpath(path, of["output_dir"]) for path, of in ((before, there), (here, settings))]
     return os.path.realpath(before) == os.path.realpath(here) or seen[0] == seen[1]
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value).lower() if value is None else str(value)
 
 
 def note_maker(job: Job) -> None:
