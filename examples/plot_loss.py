@@ -14,7 +14,6 @@ weights only.
 
 import argparse
 import math
-import sys
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from balanced_learning import BalancedL1Loss
 from balanced_learning.detection.imbalance import box_errors, gradient_shares
 from balanced_learning.training import randomness
 from balanced_learning.training.command_line import read_command_line
+from balanced_learning.training.endings import ends_in_one_line
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.flags import make_parser
 from balanced_learning.training.measuring import batches_to_measure, detector_and_images, origin_of_weights
@@ -39,10 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--alphas", type=above_zero, nargs="+", default=[0.2, 0.3, 0.5], help="default: 0.2 0.3 0.5")
     parser.add_argument("--gammas", type=above_zero, nargs="+", default=[1.0, 1.5, 2.0], help="default: 1.0 1.5 2.0")
     parser.add_argument("--batches", type=positive, default=8, metavar="N", help="of images to measure (default: 8)")
-    try:
+    with ends_in_one_line():
         run(parser.parse_args(argv))
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 def run(given: argparse.Namespace) -> None:
@@ -53,7 +51,7 @@ def run(given: argparse.Namespace) -> None:
     smooth = {"smooth L1": nn.SmoothL1Loss(beta=beta)}
     folder = find_folder(config)
     if {"data_path", "recipe", "resume", "weights"} & vars(given).keys():
-        if config.model.model == "libra_rpn":
+        if config.model.is_rpn:
             raise UserError("--model libra_rpn: it has no second stage, whose box errors are measured")
         model, dataset = detector_and_images(config, checkpoint, given.batches)
         randomness.seed_all(config.training.seed, "plot")

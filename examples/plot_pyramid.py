@@ -12,7 +12,6 @@ nothing, so that its last two columns are the same.
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from balanced_learning import BalancedFeaturePyramid
 from balanced_learning.resizing import resize
 from balanced_learning.training.command_line import read_command_line
 from balanced_learning.training.data.images import load_image
+from balanced_learning.training.endings import ends_in_one_line
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.flags import make_parser
 from balanced_learning.training.measuring import detector_and_images
@@ -37,10 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--image", type=Path, default=None, metavar="FILE", help="image to draw; default: the first to train on"
     )
-    try:
+    with ends_in_one_line():
         run(parser.parse_args(argv))
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 def run(given: argparse.Namespace) -> None:

@@ -11,7 +11,6 @@ a --small detector has more with --rpn-pre-nms-top-n-train 1000 --rpn-post-nms-t
 """
 
 import argparse
-import sys
 from collections import defaultdict
 from itertools import pairwise
 
@@ -31,6 +30,7 @@ from balanced_learning.detection.imbalance import (
 )
 from balanced_learning.training import randomness
 from balanced_learning.training.command_line import read_command_line
+from balanced_learning.training.endings import ends_in_one_line
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.flags import make_parser
 from balanced_learning.training.measuring import batches_to_measure, detector_and_images, origin_of_weights
@@ -48,15 +48,13 @@ PAPER = {"hard": "> 60 %", "random": "about 30 %"}  # above it, on COCO
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--batches", type=positive, default=8, metavar="N", help="of images to measure (default: 8)")
-    try:
+    with ends_in_one_line():
         run(parser.parse_args(argv))
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 def run(given: argparse.Namespace) -> None:
     config, checkpoint = read_command_line(given, trains=False)
-    if config.model.model not in ("libra_fasterrcnn", "libra_fastrcnn"):
+    if config.model.is_rpn or config.model.is_retinanet:
         raise UserError(f"--model {config.model.model}: it has no second stage that samples proposals")
     if not config.model.sampler:
         raise UserError("--no-sampler: there is no IoU-balanced sampling to draw")

@@ -132,8 +132,7 @@ def dump_proposals(
 
 
 def _images(split: Split, image_ids: list[int]) -> DetectionDataset:
-    order = np.argsort(split.columns.image_ids)
-    positions = order[np.searchsorted(split.columns.image_ids, image_ids, sorter=order)]
+    positions = [split.columns.position(image_id) for image_id in image_ids]
     return DetectionDataset(split, dict.fromkeys(split.categories, 1), positions, unreadable="leave out")
 
 

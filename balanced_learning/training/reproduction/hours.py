@@ -70,12 +70,11 @@ def count_images(config: Config) -> Images:
 def estimate_hours(job: Job, images: Images, throughput: Throughput) -> float:
     """The hours that are left of a job, without the start of the program."""
     limit = job.config.run.limit_batches
-    processes = job.images_per_step // (job.config.training.batch_size * job.config.training.accumulation_steps)
     train, val = images
     if job.dumps:
         return (train + val) / throughput.evaluation / 3600
     if limit:
-        train, val = min(train, limit * job.images_per_step), min(val, limit * processes)
+        train, val = min(train, limit * job.images_per_step), min(val, limit * job.processes)
     rows = read_rows(job.folder)
     epochs = job.config.training.epochs - (rows[-1]["epoch"] + 1 if rows else 0)
     return max(0, epochs) * (train / throughput.training + val / throughput.evaluation) / 3600
@@ -100,9 +99,8 @@ class Measured:
         key = tuple((name, value) for name, value in config.values().items() if name in _COSTLY)
         if key not in self._known:
             self._known[key] = _measure(config, self.device)
-        processes = job.images_per_step // (config.training.batch_size * config.training.accumulation_steps)
         one = self._known[key]
-        return Throughput(one.training * processes, one.evaluation * processes)
+        return Throughput(one.training * job.processes, one.evaluation * job.processes)
 
 
 def _measure(config: Config, device: torch.device) -> Throughput:

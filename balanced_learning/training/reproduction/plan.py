@@ -67,6 +67,11 @@ class Job:
     def folder(self) -> Path:
         return self.config.run.output_dir
 
+    @property
+    def processes(self) -> int:
+        training = self.config.training
+        return self.images_per_step // (training.batch_size * training.accumulation_steps)
+
 
 class Cell(NamedTuple):
     """A row of a table with a seed."""

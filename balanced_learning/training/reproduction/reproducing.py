@@ -39,7 +39,7 @@ class Reproduction:
             UserError: if runs have failed, when all others are done.
         """
         make_folder(self.request.output_dir)
-        self._write_tables()  # if that cannot be, it is known before days of training
+        tables = self._write_tables()  # if that cannot be, it is known before days of training
         jobs, took = self.plan.jobs, list[float]()
         left = [job for job in jobs if not is_finished(job)]
         for number, job in enumerate(left):
@@ -52,8 +52,8 @@ class Reproduction:
                 print(f"failed: {job.title}: {error}", file=sys.stderr, flush=True)
             else:
                 took.append(time.monotonic() - start)
-            self._write_tables()
-        print("\n".join(self._write_tables()))
+            tables = self._write_tables()
+        print("\n".join(tables))
         if self.failures:
             raise UserError(f"{len(self.failures)} of {len(jobs)} runs failed; the same command tries them again")
 

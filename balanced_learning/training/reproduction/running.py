@@ -32,7 +32,7 @@ def run_job(job: Job, signals: StopSignals) -> str | None:
     _wait_for(job.folder)
     with signals.deferred():
         command = [sys.executable, "-I", ends_with_parent.__file__, f"{os.getpid()}", *job.command]
-        # In a session of its own, it hears of Ctrl-C once, from here: torchrun takes the second one amiss.
+        # Detached from the terminal, it hears of Ctrl-C once, from here: torchrun takes the second one amiss.
         child = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)  # noqa: S603
         errors = _Errors(child.stderr)  # type: ignore[arg-type]
         is_told = False
