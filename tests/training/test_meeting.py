@@ -71,4 +71,5 @@ def test_torchrun_starts_a_killed_process_again(tmp_path, place):
         [*command, tmp_path / "program.py"], env=environment, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
-    assert {f"start 1 rank {rank} of 2" for rank in range(2)} <= set(result.stdout.splitlines())
+    for rank in range(2):  # the processes share stdout, and may write their lines into one another's
+        assert f"start 1 rank {rank} of 2" in result.stdout
