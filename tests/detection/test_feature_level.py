@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou
 
@@ -144,16 +144,19 @@ def test_likeness_is_that_of_resized_levels_at_positions_of_the_images(build, im
         torch.testing.assert_close(found, cka.result(), rtol=1e-4, atol=1e-5)
 
 
+def two_maps(x: Tensor) -> list[Tensor]:
+    """C2 is 1, and C3 is 2 or -2, by channel."""
+    signs = torch.tensor([1.0, -1, 1])[:, None, None]
+    return [torch.ones(len(x), 3, 16, 16), 2 * signs.expand(len(x), 3, 8, 8)]
+
+
+def two_levels(fine: Tensor, coarse: Tensor) -> list[Tensor]:
+    """P2 = 3 C2 + C3: to a position of P2, C2 contributes 9 and C3 6."""
+    return [3 * fine + F.interpolate(coarse, scale_factor=2), coarse]
+
+
 def test_contributions_are_worked_out_by_hand():
-    """P2 = 3 C2 + C3, of maps of 1 and of 2: of a score of 5, 3 are owed to C2."""
-
-    def body(x: Tensor) -> list[Tensor]:
-        return [torch.full((len(x), 3, side, side), value) for side, value in ((16, 1.0), (8, 2.0))]
-
-    def fpn(fine: Tensor, coarse: Tensor) -> list[Tensor]:
-        return [3 * fine + F.interpolate(coarse, scale_factor=2), coarse]
-
-    model = second_stage(made_detector(Made(body, fpn), 2))
+    model = second_stage(made_detector(Made(two_maps, two_levels), 2))
     given = [target([10, 10, 20, 20]) | {"proposals": torch.zeros(0, 4)}]
     result = measure(model, [torch.rand(3, 64, 64)], given)
     assert result.boxes == [1, 0]
@@ -161,6 +164,25 @@ def test_contributions_are_worked_out_by_hand():
     result = measure(model, [torch.rand(3, 64, 64)], [given[0] | target([10, 10, 20, 20], [8, 8, 48, 48])])
     assert result.boxes == [0.5, 0.5]
     torch.testing.assert_close(result.contribution, torch.tensor([[0.6, 0.4], [0.0, 1.0]]))
+
+
+class SumsOfPositions(nn.Module):
+    """A head of one anchor a position, whose score of class 1 is the sum over the channels."""
+
+    def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
+        sums = torch.cat([level.sum(dim=1).flatten(1) for level in maps], dim=1)
+        return {"cls_logits": torch.stack([torch.zeros_like(sums), sums], dim=2)}
+
+
+def test_contributions_to_anchors_are_worked_out_by_hand():
+    anchors = AnchorGenerator([(8,), (24,)], [(1.0,)] * 2)
+    backbone = Made(two_maps, two_levels)
+    model = RetinaNet(backbone, 2, anchor_generator=anchors, head=SumsOfPositions(), min_size=64, max_size=64)
+    result = measure(model, [torch.rand(3, 64, 64)] * 2, [target([20, 20, 28, 28]), target([20, 20, 44, 44])])
+    assert result.boxes == pytest.approx([1 / 6, 5 / 6])  # on P3 the four neighbors, too, have an IoU of 0.5
+    torch.testing.assert_close(result.contribution, torch.tensor([[0.6, 0.4], [0.0, 1.0]]))
+    background = target([20, 20, 28, 28]) | {"labels": torch.zeros(1, dtype=torch.int64)}
+    assert measure(model, [torch.rand(3, 64, 64)], [background]).contribution.isnan().all()  # class 0 has no score
 
 
 class Unconnected(FeaturePyramidNetwork):
