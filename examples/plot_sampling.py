@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
-from balanced_learning.detection.imbalance import (
+from balanced_learning.detection.imbalance.sample_level import (
     MatchedProposals,
     bin_edges,
     chosen_ious,

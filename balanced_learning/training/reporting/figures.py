@@ -15,7 +15,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from balanced_learning.detection.imbalance import MatchedProposals, gradients
+from balanced_learning.detection.imbalance.objective_level import gradients
+from balanced_learning.detection.imbalance.sample_level import MatchedProposals
 from balanced_learning.training.files import Write, write_or_warn, write_whole
 
 mpl.use("Agg")

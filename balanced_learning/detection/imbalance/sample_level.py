@@ -1,17 +1,16 @@
-"""Measurements of the imbalances that Libra R-CNN is about, of a detector on images."""
+"""The sample level: which negatives a step of training could choose, and which it does."""
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torchvision.models.detection import RetinaNet
+from torch import Tensor
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
-from torchvision.ops import box_iou
 
-from ..samplers import IoUBalancedSampler
-from .stages import summed_loss
+from ...samplers import IoUBalancedSampler
+from .step import propose
 
 HARD_SHARE = 1 / 4  # of the negatives: of 2,000 proposals about the 512 that hard example mining would take
 
@@ -39,7 +38,7 @@ def match_proposals(model: Any, images: list[Tensor], targets: list[dict[str, Te
     """
     batch, targets = model.transform(images, targets)
     features = model.backbone(batch.tensors)
-    proposals = _propose(model, batch, features, targets)
+    proposals = propose(model, batch, features, targets)
     heads = model.roi_heads
     boxes, matches = heads.match_proposals(proposals, targets)
     pooled = heads.box_head(heads.box_roi_pool(features, boxes, batch.image_sizes))
@@ -96,98 +95,6 @@ def interval_shares(ious: Tensor, edges: Tensor) -> Tensor:
     return counts / counts.sum().clamp(min=1)
 
 
-@torch.no_grad()
-def box_errors(model: Any, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
-    """Finds the errors of the boxes that one training step learns from, as its box loss takes them.
-
-    Of an R-CNN: of the positives that its second stage samples, proposals and ground truths; of a RetinaNet: of all
-    positive anchors.
-
-    Args:
-        model (FasterRCNN or RetinaNet): in evaluation mode; torchvision's own, or after
-            :func:`~balanced_learning.detection.apply_libra`.
-        images (list[Tensor[3, H, W]]): in [0, 1], on the device of the model.
-        targets (list[dict]): torchvision's, with ``boxes`` and ``labels``.
-
-    Returns:
-        Tensor[P, 4]: prediction minus target of each positive, in the units of the model's box coder, on the CPU.
-    """
-    batch, targets = model.transform(images, targets)
-    features = model.backbone(batch.tensors)
-    if isinstance(model, RetinaNet):
-        maps = list(features.values())
-        rows = zip(model.head(maps)["bbox_regression"], model.anchor_generator(batch, maps), targets, strict=True)
-        return torch.cat([_anchor_errors(model, *row) for row in rows]).cpu()
-    heads = model.roi_heads
-    sampled, _, labels, wanted = heads.select_training_samples(_propose(model, batch, features, targets), targets)
-    pooled = heads.box_head(heads.box_roi_pool(features, sampled, batch.image_sizes))
-    deltas = heads.box_predictor(pooled)[1].unflatten(1, (-1, 4))  # [S, classes, 4]
-    label = torch.cat(labels)
-    positive = torch.where(label > 0)[0]
-    return (deltas[positive, label[positive]] - torch.cat(wanted)[positive]).cpu()
-
-
-def _anchor_errors(model: RetinaNet, deltas: Tensor, anchors: Tensor, target: dict[str, Tensor]) -> Tensor:
-    matched_idxs = model.proposal_matcher(box_iou(target["boxes"], anchors))
-    positive = torch.where(matched_idxs >= 0)[0]
-    wanted = model.box_coder.encode_single(target["boxes"][matched_idxs[positive]], anchors[positive])
-    return deltas[positive] - wanted
-
-
-def _propose(model: Any, batch: Any, features: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> list[Tensor]:
-    """The proposals of a training step: in training the RPN proposes more."""
-    was_training = model.rpn.training
-    model.rpn.train()
-    try:
-        return model.rpn(batch, features, targets)[0]
-    finally:
-        model.rpn.train(was_training)
-
-
-class GradientShares(NamedTuple):
-    """The inliers' part in the gradient of a box loss, from 0 to 1; NaN where there is nothing to divide by.
-
-    An inlier is a coordinate of a box whose error is below beta. Gradients count by their magnitude, and that of a
-    positive is the sum over its four coordinates.
-    """
-
-    inliers: float  # among all coordinates
-    of_total: float  # their gradient in that of all positives together
-    of_sample: float  # the same in each positive by itself, averaged
-    to_outlier: float  # the mean gradient of an inlier, divided by that of an outlier: the paper's 30 %
-
-
-def gradient_shares(errors: Tensor, loss: nn.Module, *, beta: float = 1.0) -> GradientShares:
-    """Measures how much of a loss's gradient comes from inliers: section 3.3 of Libra R-CNN.
-
-    Args:
-        errors (Tensor[P, 4]): such as those of :func:`box_errors`.
-        loss (nn.Module): with a ``reduction`` attribute, such as ``nn.SmoothL1Loss(beta=1.0)``.
-        beta (float): the error that divides inliers from outliers.
-
-    Example:
-        >>> gradient_shares(torch.tensor([[0.5, 0.5, 0.0, 3.0]]), nn.SmoothL1Loss())  # gradients 0.5, 0.5, 0 and 1
-        GradientShares(inliers=0.75, of_total=0.5, of_sample=0.5, to_outlier=0.3333333432674408)
-    """
-    size = gradients(errors, loss).abs()
-    inlier = errors.abs() < beta
-    of_inliers = size * inlier
-    shares = (
-        inlier.float().mean(),
-        of_inliers.sum() / size.sum(),
-        (of_inliers.sum(dim=1) / size.sum(dim=1)).nanmean(),
-        size[inlier].mean() / size[~inlier].mean(),
-    )
-    return GradientShares(*(share.item() for share in shares))
-
-
-def gradients(errors: Tensor, loss: nn.Module) -> Tensor:
-    """The gradient of a loss, summed, at each error, by autograd. [the shape of ``errors``]"""
-    with torch.enable_grad():
-        leaf = errors.detach().requires_grad_()
-        return torch.autograd.grad(summed_loss(loss, leaf, torch.zeros_like(leaf)), leaf)[0]
-
-
 def bin_edges(sampler: IoUBalancedSampler) -> list[float]:
     """The IoUs at which the bins of a sampler begin, and the last one ends (without ``max_iou``, at 1). [K + 1]
 
@@ -225,3 +132,41 @@ def draw_balanced(proposals: MatchedProposals, sampler: IoUBalancedSampler) -> T
 def draw_random(proposals: MatchedProposals, sampler: BalancedPositiveNegativeSampler) -> Tensor:
     """Returns a mask of the negatives of one draw. [M]"""
     return sampler([proposals.labels])[1][0].bool()
+
+
+@dataclass(frozen=True)
+class SampleLevel:
+    """How balanced the negatives are that a second stage samples, and what IoU-balanced sampling changes.
+
+    Shares are from 0 to 1. Of no images all of them are NaN, except those in intervals, which are 0.
+    """
+
+    images: int
+    edges: Tensor  # of the intervals of IoU, [I + 1]: those of interval_edges
+    shares: dict[str, Tensor]  # in each interval [I], of the negatives of all images together: see chosen_ious
+    above: dict[str, float]  # the share above IoU 0.05 of the same, NaN where there are none
+    few_candidates: float  # of the images: their negatives are no more than are sampled, so all are taken either way
+    empty_bins: list[float]  # for each bin of the balanced sampler, the share of the images without a negative in it
+    changed: float  # of the sampled negatives, how many are others when sampling is balanced; mean of the images
+
+
+class SampleMeter:
+    """Measures :class:`SampleLevel` of an R-CNN, batch by batch.
+
+    Args:
+        model (FasterRCNN): torchvision's own, or after :func:`~balanced_learning.detection.apply_libra`.
+        balanced, random: the samplers to compare.
+        draws: how often each sampler draws, for the shares.
+    """
+
+    def __init__(
+        self, model: Any, balanced: IoUBalancedSampler, random: BalancedPositiveNegativeSampler, draws: int = 20
+    ) -> None: ...
+
+    def add(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> None:
+        """Measures a batch: images in [0, 1], and torchvision's targets, on the device of the model."""
+        raise NotImplementedError
+
+    def result(self) -> SampleLevel:
+        """Of all batches so far."""
+        raise NotImplementedError
