@@ -110,6 +110,7 @@ class ObjectiveLevel:
     box_loss: float  # of the second stage (RetinaNet: of its only one), as the model weights it, mean of the images
     class_loss: float
     ratio: float  # box_loss / class_loss
+    growth: float  # the gradient of all coordinates under balanced L1, as a multiple of that under the loss
 
 
 class ObjectiveMeter:

@@ -3,18 +3,21 @@
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from balanced_learning.detection.imbalance.feature_level import FeatureLevel
 from balanced_learning.detection.imbalance.objective_level import ObjectiveLevel
 from balanced_learning.detection.imbalance.sample_level import SampleLevel
-from balanced_learning.training.config import Config, ModelConfig
+from balanced_learning.training.config import Config
 from balanced_learning.training.imbalance.gathering import Measurements
 
-# Strengths from which a part is called of little use, and from which it can help. They are a rule of thumb: on COCO,
-# where each part gained the paper about a point of AP, the sample level has a strength of about 0.3 (60 % against 30 %),
-# and half of that is taken to be worth a try. No series of trainings has confirmed them.
+# Strengths from which a part is said to do a little, and from which it can help: a rule of thumb. On COCO, where each
+# part gained the paper about a point of AP, the strength of the sample level is about 0.3 (hard negatives lie above an
+# IoU of 0.05 in 60 % and random ones in 30 % of the cases); half of that is taken to be worth a try at every level.
 LITTLE, CAN_HELP = 0.05, 0.15
-MOST = 0.5  # of the images; and the share from which a bin counts as empty
-LARGER = 1.2  # factor of the box gradient from which balanced L1 is told to make it larger
+MOST = 0.5  # of the images: from here on the sentence tells of a bin that is empty, or of candidates that are too few
+LARGER = 1.2  # multiple of the box gradient from which the sentence tells that balanced L1 is a larger loss, too
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,11 @@ class Advice:
 
     Attributes:
         level: ``"sample"``, ``"feature"`` or ``"objective"``.
-        verdict: ``"can help"``, ``"little"`` or ``"nothing"``.
-        strength: what the verdict rests on, from 0 to 1: the lesser of how much the part would change and of how much
-            there is to gain.
+        verdict: ``"can help"``, ``"little"`` or ``"nothing"``, of the level's part of Libra R-CNN, be it on or off.
+        strength: what the verdict rests on, from 0 to 1.
         sentence: for people.
-        flag: of the training program, to try; that which switches the part off, where it is on.
-        knob: what to turn of the part.
+        flag: of the training program, to try; the one that switches the part off, where it is on.
+        knob: the flag to turn next.
     """
 
     level: str
@@ -40,132 +42,127 @@ class Advice:
 
 
 def advise(measured: Measurements, config: Config) -> list[Advice]:
-    """Of each level, from the samples to the objective."""
+    """What is advised at each level, from the samples to the objective."""
     metrics = measured.evaluation.metrics
     return [
         advise_sampler(measured.sample, config),
-        advise_pyramid(measured.feature, config.model),
-        advise_box_loss(measured.objective, metrics.get("AP50"), metrics.get("AP75"), config.model),
+        advise_pyramid(measured.feature, config),
+        advise_box_loss(measured.objective, metrics.get("AP50"), metrics.get("AP75"), config),
     ]
 
 
 def advise_sampler(level: SampleLevel | None, config: Config) -> Advice:
-    """The strength is the share of the negatives that sampling changes, or how much more often hard ones lie above IoU
-    0.05 than random ones, whichever is less."""
+    """Of IoU-balanced sampling.
+
+    The strength is the share of the sampled negatives that it changes, or by how much the share of the hard negatives
+    above IoU 0.05 is larger than that of random ones, whichever is less.
+    """
     if level is None:
-        return Advice(
-            "sample", "nothing", 0.0, "Nothing to balance: a RetinaNet learns from all anchors, it samples none.", None, None
-        )
+        sentence = "Nothing to balance: a RetinaNet learns from all anchors, and samples none."
+        return Advice("sample", "nothing", 0.0, sentence, None, None)
     is_on = config.model.sampler
-    flag, knob = _switch("sampler", is_on), f"--num-bins {config.libra.num_bins}" if is_on else "--num-bins 2 to 5"
+    flag, knob = _switch("sampler", is_on), "--num-bins"
     hard, random = level.above["hard"], level.above["random"]
-    strength = _strength(level.changed, hard - random)
+    strength = _least(level.changed, hard - random)
     verdict = _verdict(strength)
-    changed = f"changes {percent(level.changed)} of the negatives that the second stage learns from"
-    is_on_already = ", which is on," if is_on else ""
+    part = "IoU-balanced sampling, which is on," if is_on else "IoU-balanced sampling"
+    does = f"{part} changes {percent(level.changed)} of the negatives that the second stage learns from"
     if math.isnan(level.changed):
-        sentence = "Not measured: there is no image to sample from."
+        sentence = "Not measured: there is nothing to sample from."
     elif level.changed < LITTLE and level.few_candidates >= MOST:
         flag, knob = "--box-batch-size-per-image", "--rpn-post-nms-top-n-train"
-        sentence = (
-            f"Nothing to balance here: in {percent(level.few_candidates)} of the images all negatives are taken either "
-            f"way; lower {flag}, or raise {knob}."
-        )
+        few = f"in {percent(level.few_candidates)} of the images all negatives are taken either way"
+        sentence = f"Nothing to balance: {few}. Lower {flag}, or raise {knob}."
     elif level.changed < LITTLE:
-        sentence = f"Nothing to balance here: IoU-balanced sampling{is_on_already} {changed}."
+        sentence = f"Nothing to balance: {does}."
     elif verdict == "nothing":
-        sentence = (
-            f"IoU-balanced sampling{is_on_already} {changed}, but hard negatives do not lie higher than random ones "
-            f"({percent(hard)} and {percent(random)} above IoU 0.05): nothing to gain."
-        )
+        above = f"{percent(hard)} of the hard and {percent(random)} of random negatives are above an IoU of 0.05"
+        sentence = f"{does}, but not towards hard ones: {above}."
     else:
-        sentence = f"IoU-balanced sampling{is_on_already} {changed}: {_outlook(verdict, is_on, flag, knob)}"
-    return Advice("sample", verdict, strength, sentence + _empty_bins(level, verdict), flag, knob)
+        bins = f"{knob} ({config.libra.num_bins} now)" if is_on else f"{knob} 2 to 5"
+        sentence = f"{does}: {_outlook(verdict, is_on, flag, bins)}{_empty_bin(level.empty_bins)}"
+    return Advice("sample", verdict, strength, sentence, flag, knob)
 
 
-def _empty_bins(level: SampleLevel, verdict: str) -> str:
-    empty = [(share, number) for number, share in enumerate(level.empty_bins, 1) if share >= MOST]
-    if verdict == "nothing" or not empty:
-        return ""
-    share, number = max(empty)
-    return f" Bin {number} of {len(level.empty_bins)} is empty in {percent(share)} of the images."
+def _empty_bin(shares: list[float]) -> str:
+    share, number = max((share, number) for number, share in enumerate(shares, 1))
+    return f" Bin {number} of {len(shares)} is empty in {percent(share)} of the images." if share >= MOST else ""
 
 
-def advise_pyramid(level: FeatureLevel, model: ModelConfig) -> Advice:
-    """The strength is how far detections use a single map of the backbone (0: all alike), or how unlike the levels are,
-    whichever is less; with the pyramid on, how much more alike it makes them."""
-    flag, knob = _switch("pyramid", model.pyramid), "--refine"
+def advise_pyramid(level: FeatureLevel, config: Config) -> Advice:
+    """Of the balanced pyramid.
+
+    The strength is how far a detection lives on a single map of the backbone (0: on all alike), or how unlike the
+    levels are, whichever is less. A pyramid that is on has mended that: then it is by how much more alike it makes
+    them.
+    """
+    is_on = config.model.pyramid
+    flag, knob = _switch("pyramid", is_on), "--refine"
     top, even = dominance(level)
     before, after = likeness(level.likeness_before), likeness(level.likeness_after)
-    if model.pyramid:
-        strength = _strength(after - before)
-    else:
-        strength = _strength((top - even) / (1 - even) if even < 1 else 0.0, 1 - before)
+    strength = _least(after - before) if is_on else _least((top - even) / max(1 - even, 1e-9), 1 - before)
     verdict = _verdict(strength)
-    uses = f"a detection takes {percent(top)} of what it uses from one map of the backbone ({percent(even)} if all gave alike)"
+    uses = f"detections take {percent(top)} of what they use from one map of the backbone (alike: {percent(even)})"
     if math.isnan(top) or math.isnan(before):
-        sentence = "Not measured: no detection to follow, or a single level."
-    elif model.pyramid:
-        sentence = (
-            f"With the balanced pyramid, which is on, {uses}; it raises the likeness of the levels from {before:.2f} to "
-            f"{after:.2f}: {_outlook(verdict, True, flag, knob)}"
-        )
-    elif verdict == "nothing":
-        sentence = f"Nothing to balance here: {uses}, and the likeness of the levels is {before:.2f} (1: the same)."
+        sentence = "Not measured: there is no object to follow, or only one level."
+    elif is_on:
+        does = f"The balanced pyramid, which is on, makes the levels more alike, from {before:.2f} to {after:.2f}, and"
+        sentence = f"{does} {uses}: {_outlook(verdict, is_on, flag, knob)}"
     else:
-        sentence = (
-            f"{uses[0].upper()}{uses[1:]}, and the likeness of the levels is {before:.2f} (1: the same): a balanced pyramid "
-            f"{_outlook(verdict, False, flag, knob)}"
-        )
+        found = f"{uses}, and the likeness of the levels is {before:.2f} of 1"
+        outlook = f"a balanced pyramid {_outlook(verdict, is_on, flag, knob)}"
+        sentence = f"Nothing to balance: {found}." if verdict == "nothing" else f"{_sentence(found)}: {outlook}"
     return Advice("feature", verdict, strength, sentence, flag, knob)
 
 
 def dominance(level: FeatureLevel) -> tuple[float, float]:
-    """The share of the map that contributes most, the mean of the detections, and what it is if all contribute alike."""
+    """The share of the map that gives most, mean of the detections, and what it would be if all maps gave alike."""
     rows = zip(level.boxes, level.contribution.amax(dim=1).tolist(), strict=True)
-    used = [(share, top) for share, top in rows if share > 0 and not math.isnan(top)]
-    total = math.fsum(share for share, _ in used)
-    top = math.fsum(share * top for share, top in used) / total if used else math.nan
-    return top, 1 / max(1, level.contribution.shape[1])
+    known = [(boxes, top) for boxes, top in rows if boxes > 0 and not math.isnan(top)]
+    total = math.fsum(boxes for boxes, _ in known)
+    top = math.fsum(boxes * top for boxes, top in known) / total if known else math.nan
+    return top, 1 / level.contribution.shape[1]
 
 
-def likeness(matrix: object) -> float:
-    """The mean of what a matrix says of two different levels."""
-    values = [value for i, row in enumerate(matrix.tolist()) for j, value in enumerate(row) if i != j]  # type: ignore[attr-defined]
-    known = [value for value in values if not math.isnan(value)]
-    return math.fsum(known) / len(known) if known else math.nan
+def likeness(matrix: Tensor) -> float:
+    """The mean over all pairs of two different levels that are known. [L, L] to a number"""
+    others = matrix[~torch.eye(len(matrix), dtype=torch.bool)]
+    return others.nanmean().item()
 
 
-def advise_box_loss(level: ObjectiveLevel, ap50: float | None, ap75: float | None, model: ModelConfig) -> Advice:
-    """The strength is how much larger balanced L1 makes the inliers' share of the gradient, or the share of AP50 that is
-    lost at an IoU of 0.75, whichever is less."""
-    is_on = model.box_loss
+def advise_box_loss(level: ObjectiveLevel, ap50: float | None, ap75: float | None, config: Config) -> Advice:
+    """Of balanced L1.
+
+    The strength is by how much it raises the inliers' share of the box gradient, or the share of AP50 that is lost at
+    an IoU of 0.75, whichever is less.
+    """
+    is_on = config.model.box_loss
     flag, knob = _switch("box-loss", is_on), "--alpha, --gamma"
     gain = level.of_total_balanced - level.of_total
-    room = (ap50 - ap75) / ap50 if ap50 and ap75 is not None else math.nan
-    strength = _strength(gain) if math.isnan(room) else _strength(gain, room)
+    lost = (ap50 - ap75) / ap50 if ap50 and ap75 is not None else math.nan
+    strength = _least(gain) if math.isnan(lost) else _least(gain, lost)
     verdict = _verdict(strength)
-    shares = (
-        f"inliers give {percent(level.of_total)} of the box gradient under smooth L1, {percent(level.of_total_balanced)} "
-        f"under balanced L1{', which is on' if is_on else ''}"
-    )
-    lost = "" if math.isnan(room) else f", and {percent(room)} of AP50 is lost at an IoU of 0.75"
+    part = "balanced L1, which is on" if is_on else "balanced L1"
+    own, balanced = percent(level.of_total), percent(level.of_total_balanced)
+    shares = f"inliers give {own} of the box gradient under smooth L1 and {balanced} under {part}"
+    losses = "" if math.isnan(lost) else f"{percent(lost)} of AP50 is lost at an IoU of 0.75"
     if math.isnan(gain):
-        sentence = "Not measured: no positive has a box gradient."
+        sentence = "Not measured: there is no box to learn from."
     elif gain < LITTLE:
-        sentence = f"Nothing to balance here: {shares}."
+        sentence = f"Nothing to balance: {shares}."
         if level.growth >= LARGER:
             knob = "--box-loss-weight"
-            sentence += f" It makes the gradient {level.growth:.1f} times as large, as {knob} can."
+            sentence += f" That loss has {level.growth:.1f} times the gradient, which {knob} gives, too."
     elif verdict == "nothing":
-        sentence = f"{_capital(shares)}, but boxes are tight already: {percent(room)} of AP50 is lost at an IoU of 0.75."
+        sentence = f"{_sentence(shares)}, but boxes are tight: {losses}."
     else:
-        sentence = f"{_capital(shares)}{lost}: {_outlook(verdict, is_on, flag, knob)}"
+        outlook = _outlook(verdict, is_on, flag, knob)
+        sentence = f"{_sentence(shares)}{losses and f', and {losses}'}: {outlook}"
     return Advice("objective", verdict, strength, sentence, flag, knob)
 
 
-def _strength(*values: float) -> float:
-    """The least, from 0 to 1; 0 if one is not known."""
+def _least(*values: float) -> float:
+    """The least of them, from 0 to 1; 0 if one is not known."""
     return 0.0 if any(map(math.isnan, values)) else min(1.0, max(0.0, min(values)))
 
 
@@ -179,14 +176,17 @@ def _switch(part: str, is_on: bool) -> str:
 
 
 def _outlook(verdict: str, is_on: bool, flag: str, knob: str) -> str:
-    found = {"can help": "it has something to do here" if is_on else "can help", "little": "it has little to do here" if is_on else "may help a little", "nothing": "it has nothing to do here"}[verdict]
-    return f"{found}. {flag} shows what it brings; {knob}." if is_on else f"{found}. Try {flag}; {knob}."
+    """The end of a sentence whose subject is a part, or what it does."""
+    if is_on:
+        found = {"can help": "can help", "little": "can help a little", "nothing": "has next to no effect"}[verdict]
+        return f"{found}. {flag} tells by how much; {knob}."
+    return f"{'can help' if verdict == 'can help' else 'can help a little'}. Try {flag}; {knob}."
 
 
-def _capital(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}"
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
-def percent(value: float | None) -> str:
-    """A share as text, "-" where there is none."""
-    return "-" if value is None or math.isnan(value) else f"{100 * value:.0f} %"
+def percent(share: float | None) -> str:
+    """A share as text, "-" where it is not known."""
+    return "-" if share is None or math.isnan(share) else f"{100 * share:.0f} %"

@@ -24,6 +24,8 @@ from balanced_learning.training.optimization import Precision
 from balanced_learning.training.tide import KINDS
 
 INLIER, RETINANET_INLIER = 1.0, 0.11  # the error below which a coordinate is one: the beta of the paper's balanced L1
+PAPER_ABOVE = {"hard": 0.6, "random": 0.3}  # of the negatives above IoU 0.05; of the hard ones it is more than that
+PAPER_TO_OUTLIER = 0.3  # the mean gradient of an inlier, of an outlier's
 DRAWS = 20  # of the samplers, of each image
 
 

@@ -1,6 +1,6 @@
 """A short training in memory, for a detector whose weights say nothing yet of the data."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from itertools import count, islice
 from typing import Any
@@ -73,7 +73,7 @@ def warm_up(
     model.eval()
 
 
-def _epochs(run: Run, loader: DetectionLoader) -> Iterator[Batch]:
+def _epochs(run: Run, loader: DetectionLoader) -> Generator[Batch, None, None]:
     """The batches of one epoch after the other, each of which the run begins."""
     for epoch in count():
         run.epoch, run.step = epoch, 0
