@@ -2,17 +2,29 @@
 
 import math
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 from ...samplers import IoUBalancedSampler
-from .step import propose
+from .expected_draws import (
+    changed_share,
+    count_in_bins,
+    expected_of_balanced,
+    expected_of_random,
+    negatives_wanted,
+)
+from .step import check_detector, find_candidates, in_evaluation, propose
 
 HARD_SHARE = 1 / 4  # of the negatives: of 2,000 proposals about the 512 that hard example mining would take
+LOW_IOU = 0.05  # the paper counts hard and sampled negatives above it
+INTERVALS = 10  # of a histogram of IoUs, or more: they cut every bin into equally many
+GROUPS = ("all", "hard", "random", "IoU-balanced")  # of negatives, by who chooses them
 
 
 class MatchedProposals(NamedTuple):
@@ -29,20 +41,22 @@ class MatchedProposals(NamedTuple):
 
 @torch.no_grad()
 def match_proposals(model: Any, images: list[Tensor], targets: list[dict[str, Tensor]]) -> list[MatchedProposals]:
-    """Finds the boxes that one training step of an R-CNN with balanced RoI heads would sample from.
+    """Finds the boxes that one training step of an R-CNN would sample from.
+
+    Batch norm and dropout are as in evaluation, and the model is afterwards as before.
 
     Args:
-        model (FasterRCNN): after :func:`~balanced_learning.detection.apply_libra` with a sampler, in evaluation mode.
+        model (FasterRCNN): torchvision's own, or after :func:`~balanced_learning.detection.apply_libra`.
         images (list[Tensor[3, H, W]]): in [0, 1], on the device of the model.
         targets (list[dict]): torchvision's, with ``boxes`` and ``labels``.
     """
-    batch, targets = model.transform(images, targets)
-    features = model.backbone(batch.tensors)
-    proposals = propose(model, batch, features, targets)
-    heads = model.roi_heads
-    boxes, matches = heads.match_proposals(proposals, targets)
-    pooled = heads.box_head(heads.box_roi_pool(features, boxes, batch.image_sizes))
-    hardness = -heads.box_predictor(pooled)[0].log_softmax(dim=1)[:, 0]
+    with in_evaluation(model):
+        batch, targets = model.transform(images, targets)
+        features = model.backbone(batch.tensors)
+        boxes, matches = find_candidates(model, propose(model, batch, features, targets), targets)
+        heads = model.roi_heads
+        pooled = heads.box_head(heads.box_roi_pool(features, boxes, batch.image_sizes))
+        hardness = -heads.box_predictor(pooled)[0].log_softmax(dim=1)[:, 0]
     resized = [
         F.interpolate(image[None], size, mode="bilinear")[0].cpu()
         for image, size in zip(images, batch.image_sizes, strict=True)
@@ -71,12 +85,10 @@ def chosen_ious(
     ious = proposals.ious
     negative = proposals.labels == 0
     hardest = proposals.hardness[negative].topk(math.ceil(HARD_SHARE * int(negative.sum()))).indices
-    return {
-        "all": ious[negative],
-        "hard": ious[negative][hardest],
-        "random": torch.cat([ious[draw_random(proposals, random)] for _ in range(draws)]),
-        "IoU-balanced": torch.cat([ious[draw_balanced(proposals, balanced)] for _ in range(draws)]),
-    }
+    of_random = torch.cat([ious[draw_random(proposals, random)] for _ in range(draws)])
+    of_balanced = torch.cat([ious[draw_balanced(proposals, balanced)] for _ in range(draws)])
+    groups = ious[negative], ious[negative][hardest], of_random, of_balanced
+    return dict(zip(GROUPS, groups, strict=True))
 
 
 def interval_shares(ious: Tensor, edges: Tensor) -> Tensor:
@@ -91,7 +103,14 @@ def interval_shares(ious: Tensor, edges: Tensor) -> Tensor:
         >>> interval_shares(torch.tensor([0.0, 0.1, 0.2, 0.6]), torch.tensor([0.0, 0.2, 0.4]))
         tensor([0.5000, 0.5000])
     """
-    counts = torch.bucketize(ious, edges[1:-1].contiguous(), right=True).bincount(minlength=len(edges) - 1)
+    return _shares(_count_in_intervals(ious, edges))
+
+
+def _count_in_intervals(ious: Tensor, edges: Tensor) -> Tensor:
+    return torch.bucketize(ious, edges[1:-1].contiguous(), right=True).bincount(minlength=len(edges) - 1)
+
+
+def _shares(counts: Tensor) -> Tensor:
     return counts / counts.sum().clamp(min=1)
 
 
@@ -138,35 +157,74 @@ def draw_random(proposals: MatchedProposals, sampler: BalancedPositiveNegativeSa
 class SampleLevel:
     """How balanced the negatives are that a second stage samples, and what IoU-balanced sampling changes.
 
-    Shares are from 0 to 1. Of no images all of them are NaN, except those in intervals, which are 0.
+    All are shares from 0 to 1. An image without negatives has too few candidates, all bins empty and nothing changed;
+    of no images at all, ``few_candidates``, ``empty_bins`` and ``changed`` are NaN.
     """
 
     images: int
     edges: Tensor  # of the intervals of IoU, [I + 1]: those of interval_edges
-    shares: dict[str, Tensor]  # in each interval [I], of the negatives of all images together: see chosen_ious
-    above: dict[str, float]  # the share above IoU 0.05 of the same, NaN where there are none
+    shares: dict[str, Tensor]  # in each interval [I], of chosen_ious in all images; 0 if there are none
+    above: dict[str, float]  # above LOW_IOU, of the same; NaN if there are none
     few_candidates: float  # of the images: their negatives are no more than are sampled, so all are taken either way
-    empty_bins: list[float]  # for each bin of the balanced sampler, the share of the images without a negative in it
-    changed: float  # of the sampled negatives, how many are others when sampling is balanced; mean of the images
+    empty_bins: list[float]  # for each bin of the balanced sampler, of the images: they have no negative in it
+    changed: float  # of an image's sampled negatives, on average: they change when sampling is balanced
 
 
 class SampleMeter:
-    """Measures :class:`SampleLevel` of an R-CNN, batch by batch.
+    """Measures :class:`SampleLevel` of an R-CNN, batch by batch, and leaves the model as it is.
+
+    ``changed`` is exact: half the sum over the bins of the differences between the shares of the sampled negatives that
+    each sampler is expected to take from there. The other shares are of all negatives and of ``draws`` draws.
 
     Args:
         model (FasterRCNN): torchvision's own, or after :func:`~balanced_learning.detection.apply_libra`.
         balanced, random: the samplers to compare.
-        draws: how often each sampler draws, for the shares.
+        draws: how often each sampler draws from the candidates of an image.
+
+    Raises:
+        TypeError: for a model of another type.
     """
 
     def __init__(
         self, model: Any, balanced: IoUBalancedSampler, random: BalancedPositiveNegativeSampler, draws: int = 20
-    ) -> None: ...
+    ) -> None:
+        check_detector(model, FasterRCNN)
+        self.model = model
+        self.balanced, self.random, self.draws = balanced, random, draws
+        self.edges = interval_edges(balanced, at_least=INTERVALS)
+        self._counts = {name: torch.zeros(len(self.edges) - 1, dtype=torch.int64) for name in GROUPS}
+        self._above = dict.fromkeys(GROUPS, 0)
+        self._few: list[bool] = []  # of each image, as the following
+        self._empty: list[Tensor] = []
+        self._changed: list[float] = []
 
     def add(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> None:
         """Measures a batch: images in [0, 1], and torchvision's targets, on the device of the model."""
-        raise NotImplementedError
+        for proposals in match_proposals(self.model, images, targets):
+            for name, ious in chosen_ious(proposals, self.balanced, self.random, draws=self.draws).items():
+                self._counts[name] += _count_in_intervals(ious, self.edges)
+                self._above[name] += int((ious > LOW_IOU).sum())
+            self._add_expected(proposals)
+
+    def _add_expected(self, proposals: MatchedProposals) -> None:
+        candidates = count_in_bins(self.balanced, proposals.ious, proposals.labels == 0)
+        num_positives = int((proposals.labels > 0).sum())
+        of_random, of_balanced = (negatives_wanted(each, num_positives) for each in (self.random, self.balanced))
+        self._few.append(int(candidates.sum()) <= min(of_random, of_balanced))
+        self._empty.append(candidates[1:] == 0)
+        expected = expected_of_balanced(self.balanced, candidates, of_balanced)
+        self._changed.append(changed_share(expected_of_random(candidates, of_random), expected))
 
     def result(self) -> SampleLevel:
         """Of all batches so far."""
-        raise NotImplementedError
+        totals = {name: int(counts.sum()) for name, counts in self._counts.items()}
+        empty = torch.stack(self._empty) if self._empty else torch.zeros(0, self.balanced.num_bins)
+        return SampleLevel(
+            images=len(self._few),
+            edges=self.edges,
+            shares={name: _shares(counts) for name, counts in self._counts.items()},
+            above={name: count / totals[name] if totals[name] else math.nan for name, count in self._above.items()},
+            few_candidates=fmean(self._few) if self._few else math.nan,
+            empty_bins=empty.double().mean(dim=0).tolist(),
+            changed=fmean(self._changed) if self._changed else math.nan,
+        )
