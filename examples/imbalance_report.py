@@ -16,6 +16,7 @@ The verdicts rest on a rule of thumb: see balanced_learning/training/imbalance/a
 
 import argparse
 import json
+from pathlib import Path
 
 import torch
 
@@ -39,6 +40,7 @@ from balanced_learning.training.model import make_model, prepare
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.output_folder import find_folder
 from balanced_learning.training.reporting.imbalance_figure import save_imbalance
+from balanced_learning.training.reproduction.reproducing import find_commit
 from balanced_learning.training.settings import not_negative, positive
 from balanced_learning.training.signals import StopSignals
 from balanced_learning.training.weights import choose_labels
@@ -83,10 +85,7 @@ def run(given: argparse.Namespace) -> None:
     title = f"{origin}; {measured.images} training images, {measured.evaluated_images} evaluated"
     print(f"\n{title}\n\n{blocks(measured, advices)}")
     content = {
-        "detector": {
-            name: config.plain()[name] for name in ("model", "backbone", "small", "min_size", "max_size", *PARTS)
-        }
-        | {"weights": origin, "warm_up_steps": steps},
+        "detector": {"origin": origin, "warm_up_steps": steps, **vars(config.model), **vars(config.libra)},
         "data": {
             "data_path": config.plain()["data_path"],
             "images": measured.images,
@@ -96,6 +95,7 @@ def run(given: argparse.Namespace) -> None:
         **measured.plain(),
         "advice": [vars(each) for each in advices],
         "versions": backend_info(),
+        "commit": find_commit(Path(__file__).parent),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
     write_text(folder / "imbalance.json", json.dumps(content, indent=2, allow_nan=False) + "\n")

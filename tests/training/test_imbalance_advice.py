@@ -14,8 +14,8 @@ from balanced_learning.training.imbalance.advice import (
     advise_box_loss,
     advise_pyramid,
     advise_sampler,
-    dominance,
     likeness,
+    unevenness,
 )
 from balanced_learning.training.imbalance.text import blocks
 from tests.training.imbalance_data import feature_level, measurements, objective_level, sample_level
@@ -53,12 +53,10 @@ def test_a_verdict_follows_from_the_lesser_of_what_changes_and_what_there_is_to_
         assert (advice.verdict, advice.strength) == (verdict, pytest.approx(strength))
 
 
-@pytest.mark.parametrize(
-    ("strength", "verdict"), [(0.04, "nothing"), (0.06, "little"), (0.16, "can help"), (1, "can help")]
-)
+@pytest.mark.parametrize(("strength", "verdict"), [(0.04, "nothing"), (0.06, "little"), (0.16, "can help")])
 def test_the_verdict_of_a_pyramid(strength, verdict):
-    share = 0.5 + strength / 2  # of the larger of two maps
-    unlike = feature_level([[share, 1 - share], [1 - share, share]], before=0.0)
+    more, less = 0.5 + strength, 0.5 - strength  # of two maps
+    unlike = feature_level([[more, less], [less, more]], before=0.0)
     one_sided = feature_level([[1.0, 0.0], [1.0, 0.0]], before=1 - strength)
     mended = feature_level([[0.5, 0.5], [0.5, 0.5]], before=0.0, after=strength)
     for level, config in ((unlike, OFF), (one_sided, OFF), (mended, ON)):
@@ -161,10 +159,14 @@ def test_a_retinanet_samples_nothing():
     assert "RetinaNet" in advice.sentence
 
 
-def test_the_dominance_is_of_the_levels_that_have_boxes():
-    level = replace(feature_level([[0.7, 0.3], [0.4, 0.6]]), boxes=[0.75, 0.25])
-    assert dominance(level) == pytest.approx((0.75 * 0.7 + 0.25 * 0.6, 0.5))
-    assert dominance(replace(level, contribution=torch.tensor([[0.7, 0.3], [NAN, NAN]])))[0] == pytest.approx(0.7)
+def test_what_would_have_to_come_from_other_maps_is_of_the_levels_that_have_boxes():
+    level = feature_level([[0.7, 0.3, 0.0], [0.2, 0.2, 0.6]])
+    expected = [0.7 - 1 / 3, 0.6 - 1 / 3]
+    assert unevenness(level) == pytest.approx(0.75 * expected[0] + 0.25 * expected[1])
+    unseen = replace(level, contribution=torch.tensor([[0.7, 0.3, 0.0], [NAN, NAN, NAN]]))
+    assert unevenness(unseen) == pytest.approx(expected[0])
+    assert unevenness(feature_level([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])) == pytest.approx(0.75)
+    assert unevenness(feature_level([[0.25] * 4, [0.25] * 4])) == 0
 
 
 def test_the_likeness_is_that_of_different_levels():

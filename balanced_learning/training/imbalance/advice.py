@@ -92,18 +92,18 @@ def _empty_bin(shares: list[float]) -> str:
 def advise_pyramid(level: FeatureLevel, config: Config) -> Advice:
     """Of the balanced pyramid.
 
-    The strength is how far a detection lives on a single map of the backbone (0: on all alike), or how unlike the
-    levels are, whichever is less. A pyramid that is on has mended that: then it is by how much more alike it makes
-    them.
+    The strength is the share of what detections use that would have to come from other maps of the backbone, to use all
+    alike, or how unlike the levels are, whichever is less. A pyramid that is on has mended that: then it is by how much
+    more alike it makes them.
     """
     is_on = config.model.pyramid
     flag, knob = _switch("pyramid", is_on), "--refine"
-    top, even = dominance(level)
+    uneven = unevenness(level)
     before, after = likeness(level.likeness_before), likeness(level.likeness_after)
-    strength = _least(after - before) if is_on else _least((top - even) / max(1 - even, 1e-9), 1 - before)
+    strength = _least(after - before) if is_on else _least(uneven, 1 - before)
     verdict = _verdict(strength)
-    uses = f"detections take {percent(top)} of what they use from one map of the backbone (alike: {percent(even)})"
-    if math.isnan(top) or math.isnan(before):
+    uses = f"to use all maps of the backbone alike, objects would have to take {percent(uneven)} from others"
+    if math.isnan(uneven) or math.isnan(before):
         sentence = "Not measured: there is no object to follow, or only one level."
     elif is_on:
         does = f"The balanced pyramid, which is on, makes the levels more alike, from {before:.2f} to {after:.2f}, and"
@@ -115,13 +115,12 @@ def advise_pyramid(level: FeatureLevel, config: Config) -> Advice:
     return Advice("feature", verdict, strength, sentence, flag, knob)
 
 
-def dominance(level: FeatureLevel) -> tuple[float, float]:
-    """The share of the map that gives most, mean of the detections, and what it would be if all maps gave alike."""
-    rows = zip(level.boxes, level.contribution.amax(dim=1).tolist(), strict=True)
-    known = [(boxes, top) for boxes, top in rows if boxes > 0 and not math.isnan(top)]
-    total = math.fsum(boxes for boxes, _ in known)
-    top = math.fsum(boxes * top for boxes, top in known) / total if known else math.nan
-    return top, 1 / level.contribution.shape[1]
+def unevenness(level: FeatureLevel) -> float:
+    """The share of what detections use that would have to come from other maps of the backbone, to use all alike."""
+    rows, num_maps = level.contribution.tolist(), level.contribution.shape[1]
+    known = [(boxes, row) for boxes, row in zip(level.boxes, rows, strict=True) if boxes > 0 and not math.isnan(row[0])]
+    moved = math.fsum(boxes * sum(max(0.0, share - 1 / num_maps) for share in row) for boxes, row in known)
+    return moved / math.fsum(boxes for boxes, _ in known) if known else math.nan
 
 
 def likeness(matrix: Tensor) -> float:
@@ -190,3 +189,8 @@ def _sentence(text: str) -> str:
 def percent(share: float | None) -> str:
     """A share as text, "-" where it is not known."""
     return "-" if share is None or math.isnan(share) else f"{100 * share:.0f} %"
+
+
+def decimal(value: float) -> str:
+    """A number as text, "-" where it is not known."""
+    return "-" if math.isnan(value) else f"{value:.2f}"

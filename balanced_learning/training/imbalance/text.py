@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from balanced_learning.training.imbalance.advice import Advice, dominance, likeness, percent
+from balanced_learning.training.imbalance.advice import Advice, decimal, likeness, percent, unevenness
 from balanced_learning.training.imbalance.gathering import PAPER_ABOVE, PAPER_TO_OUTLIER, Measurements
 
 Row = tuple[str, str, str]  # a figure, its value, and the paper's
@@ -47,10 +47,9 @@ def _feature_rows(measured: Measurements) -> list[Row]:
         )
         for name, boxes, shares in contribution
     ]
-    top, even = dominance(level)
-    rows += [(f"the map that gives most, mean of all (alike: {percent(even)})", percent(top), "")]
-    rows += [("likeness of the levels before integration (linear CKA)", f"{likeness(level.likeness_before):.2f}", "")]
-    rows += [("the same after it", f"{likeness(level.likeness_after):.2f}", "")]
+    rows += [("to use all alike, from other maps would have to come", percent(unevenness(level)), "")]
+    rows += [("likeness of the levels before integration (linear CKA)", decimal(likeness(level.likeness_before)), "")]
+    rows += [("the same after it", decimal(likeness(level.likeness_after)), "")]
     return rows
 
 
@@ -63,7 +62,7 @@ def _objective_rows(measured: Measurements) -> list[Row]:
         ("the same of each box, mean", percent(level.of_sample), ""),
         ("their part of the box gradient, balanced L1", percent(level.of_total_balanced), ""),
         ("the mean gradient of an inlier, of an outlier's", percent(level.to_outlier), percent(PAPER_TO_OUTLIER)),
-        ("box loss / classification loss", f"{level.ratio:.2f}", ""),
+        ("box loss / classification loss", decimal(level.ratio), ""),
         ("AP50", percent(metrics.get("AP50")), ""),
         ("AP75", percent(metrics.get("AP75")), ""),
         ("AP50 lost to localisation (TIDE)", percent(lost), ""),

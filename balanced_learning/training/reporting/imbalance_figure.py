@@ -11,7 +11,7 @@ from torch import Tensor
 
 from balanced_learning.detection.imbalance.feature_level import FeatureLevel
 from balanced_learning.detection.imbalance.sample_level import SampleLevel
-from balanced_learning.training.imbalance.advice import Advice, likeness, percent
+from balanced_learning.training.imbalance.advice import Advice, decimal, likeness, percent
 from balanced_learning.training.imbalance.gathering import PAPER_ABOVE, PAPER_TO_OUTLIER, Measurements
 from balanced_learning.training.reporting.figures import GROUP_COLORS, draw_iou_shares, save_figure
 
@@ -72,8 +72,8 @@ def _draw_features(column: Any, level: FeatureLevel) -> None:
     for axis, matrix, when in zip(
         bottom.subplots(1, 2), (level.likeness_before, level.likeness_after), ("before", "after"), strict=True
     ):
-        _draw_matrix(axis, matrix, level.levels, level.levels, lambda value: f"{value:.2f}")
-        axis.set_title(f"likeness {when} integration\n(linear CKA), mean {likeness(matrix):.2f}", size=10)
+        _draw_matrix(axis, matrix, level.levels, level.levels, decimal)
+        axis.set_title(f"likeness {when} integration\n(linear CKA), mean {decimal(likeness(matrix))}", size=10)
 
 
 def _draw_matrix(
@@ -86,8 +86,7 @@ def _draw_matrix(
     axis.tick_params(length=0)
     for y, row in enumerate(matrix.tolist()):
         for x, value in enumerate(row):
-            text = "-" if math.isnan(value) else write(value)
-            axis.text(x, y, text, ha="center", va="center", color="white" if value > 0.6 else "black", size=9)
+            axis.text(x, y, write(value), ha="center", va="center", color="white" if value > 0.6 else "black", size=9)
 
 
 def _draw_objective(column: Any, measured: Measurements) -> None:
@@ -104,7 +103,7 @@ def _draw_objective(column: Any, measured: Measurements) -> None:
     gradient.set_title(f"share of the inliers ({PAPER})", size=10)
     _draw_bars(precision, {name: metrics.get(name) for name in ("AP50", "AP75")}, [BLUE, BLUE])
     precision.set_title(
-        f"{measured.evaluated_images} other images; box loss / classification loss {level.ratio:.2f}", size=10
+        f"{measured.evaluated_images} other images; box loss / classification loss {decimal(level.ratio)}", size=10
     )
     costs = measured.costs()
     end = 1.2 * max(0.01, *(cost or 0.0 for cost in costs.values()))
