@@ -28,7 +28,7 @@ from balanced_learning.training.config import AUTO, Config
 from balanced_learning.training.data.batching import make_loaders
 from balanced_learning.training.data.splits import read_splits
 from balanced_learning.training.endings import ends_in_one_line
-from balanced_learning.training.errors import UserError
+from balanced_learning.training.errors import UserError, printable
 from balanced_learning.training.files import write_text
 from balanced_learning.training.flags import make_parser
 from balanced_learning.training.imbalance.advice import advise
@@ -82,7 +82,8 @@ def run(given: argparse.Namespace) -> None:
     advices = advise(measured, config)
 
     origin = origin_of_weights(config, checkpoint, steps)
-    title = f"{origin}; {measured.images} training images, {measured.evaluated_images} evaluated"
+    data = config.data.data_path.name if config.data.data_path else "drawn shapes"
+    title = f"{printable(data)}: {origin}; {measured.images} training images, {measured.evaluated_images} evaluated"
     print(f"\n{title}\n\n{blocks(measured, advices)}")
     content = {
         "detector": {"origin": origin, "warm_up_steps": steps, **vars(config.model), **vars(config.libra)},

@@ -60,7 +60,7 @@ def test_the_plain_detector_is_warmed_up_and_measured(coco_root, tmp_path, capsy
     assert [advice["level"] for advice in content["advice"]] == ["sample", "feature", "objective"]
     printed = capsys.readouterr().out
     assert "warm-up [2/2]" in printed
-    assert "a detector after a warm-up of 2 steps, 4 images; 4 training images, 4 evaluated" in printed
+    assert "data: a detector after a warm-up of 2 steps, 4 images; 4 training images, 4 evaluated" in printed
     for advice in content["advice"]:
         assert f"{advice['level']} level: {advice['verdict']} (strength {advice['strength']:.2f})" in printed
         assert advice["sentence"] in printed

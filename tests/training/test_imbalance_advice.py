@@ -127,7 +127,22 @@ def test_errors_that_are_all_inliers_leave_balanced_l1_nothing_to_do_but_to_be_l
     advice = advise_box_loss(inliers, 0.7, 0.4, OFF)
     assert (advice.verdict, advice.strength, advice.knob) == ("nothing", 0, "--box-loss-weight")
     assert "1.4 times the gradient" in advice.sentence
-    assert "times" not in advise_box_loss(replace(inliers, growth=1.1), 0.7, 0.4, OFF).sentence
+    as_large = advise_box_loss(replace(inliers, growth=1.1), 0.8, 0.4, OFF)
+    assert as_large.knob == "--box-loss-weight"
+    assert as_large.sentence.endswith(
+        "But 50 % of AP50 is lost at an IoU of 0.75: a larger --box-loss-weight is worth a try."
+    )
+    tight = advise_box_loss(replace(inliers, growth=1.1), 0.8, 0.78, OFF)
+    assert (tight.knob, tight.sentence[-3:]) == ("--alpha, --gamma", "L1.")
+
+
+def test_the_loss_that_balanced_l1_is_compared_with_is_named():
+    for settings, name in (
+        ({}, "smooth L1 of beta 0.11 "),
+        ({"beta": 1.0}, "smooth L1 of beta 1 "),
+        ({"model": "libra_retinanet"}, "L1 "),
+    ):
+        assert f"gradient under {name}and" in advise_box_loss(objective_level(), 0.7, 0.4, Config.of(settings)).sentence
 
 
 def test_boxes_that_are_tight_need_no_other_loss():

@@ -16,7 +16,7 @@ CONFIG = Config.of({"sampler": False, "pyramid": False, "box_loss": False})
 UNKNOWN = measurements(  # of a RetinaNet without a box
     sample=None,
     feature=replace(feature_level([[math.nan] * 2] * 2, math.nan, math.nan), boxes=[math.nan] * 2),
-    objective=objective_level(**{name: math.nan for name in vars(objective_level())}),
+    objective=objective_level(**dict.fromkeys(vars(objective_level()), math.nan)),
     evaluation=Evaluation({"AP50": None, "AP75": None}, {kind: ErrorKind(0, None) for kind in KINDS}, []),
 )
 

@@ -11,6 +11,7 @@ from balanced_learning.detection.imbalance.objective_level import ObjectiveLevel
 from balanced_learning.detection.imbalance.sample_level import SampleLevel
 from balanced_learning.training.config import Config
 from balanced_learning.training.imbalance.gathering import Measurements
+from balanced_learning.training.model import smooth_l1
 
 # Strengths from which a part is said to do a little, and from which it can help: a rule of thumb. On COCO, where each
 # part gained the paper about a point of AP, the strength of the sample level is about 0.3 (hard negatives lie above an
@@ -143,15 +144,20 @@ def advise_box_loss(level: ObjectiveLevel, ap50: float | None, ap75: float | Non
     verdict = _verdict(strength)
     part = "balanced L1, which is on" if is_on else "balanced L1"
     own, balanced = percent(level.of_total), percent(level.of_total_balanced)
-    shares = f"inliers give {own} of the box gradient under smooth L1 and {balanced} under {part}"
+    beta = smooth_l1(config).beta
+    smooth = f"smooth L1 of beta {beta:.2g}" if beta else "L1"
+    shares = f"inliers give {own} of the box gradient under {smooth} and {balanced} under {part}"
     losses = "" if math.isnan(lost) else f"{percent(lost)} of AP50 is lost at an IoU of 0.75"
     if math.isnan(gain):
         sentence = "Not measured: there is no box to learn from."
     elif gain < LITTLE:
         sentence = f"Nothing to balance: {shares}."
-        if level.growth >= LARGER:
+        if level.growth >= LARGER or lost >= CAN_HELP:
             knob = "--box-loss-weight"
+        if level.growth >= LARGER:
             sentence += f" That loss has {level.growth:.1f} times the gradient, which {knob} gives, too."
+        elif lost >= CAN_HELP:
+            sentence += f" But {losses}: a larger {knob} is worth a try."
     elif verdict == "nothing":
         sentence = f"{_sentence(shares)}, but boxes are tight: {losses}."
     else:

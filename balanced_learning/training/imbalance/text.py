@@ -41,7 +41,7 @@ def _feature_rows(measured: Measurements) -> list[Row]:
     contribution = zip(level.levels, level.boxes, level.contribution.tolist(), strict=True)
     rows = [
         (
-            f"{name}, {percent(boxes)} of the objects; from {' '.join(level.body_maps)}",
+            f"{name}, {percent(boxes)} of the boxes; from {' '.join(level.body_maps)}",
             " ".join(percent(share).replace(" %", "") for share in shares),
             "",
         )
@@ -62,6 +62,7 @@ def _objective_rows(measured: Measurements) -> list[Row]:
         ("the same of each box, mean", percent(level.of_sample), ""),
         ("their part of the box gradient, balanced L1", percent(level.of_total_balanced), ""),
         ("the mean gradient of an inlier, of an outlier's", percent(level.to_outlier), percent(PAPER_TO_OUTLIER)),
+        ("the gradient of balanced L1 / of smooth L1", decimal(level.growth), ""),
         ("box loss / classification loss", decimal(level.ratio), ""),
         ("AP50", percent(metrics.get("AP50")), ""),
         ("AP75", percent(metrics.get("AP75")), ""),

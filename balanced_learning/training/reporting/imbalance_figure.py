@@ -92,11 +92,11 @@ def _draw_matrix(
 def _draw_objective(column: Any, measured: Measurements) -> None:
     gradient, precision, errors = column.subplots(3, 1, height_ratios=[2, 1, 2.4])
     level, metrics = measured.objective, measured.evaluation.metrics
-    one = "of an outlier's gradient"
+    one = "an inlier's, of an outlier's"
     shares = {
-        "of coordinates": level.inliers,
+        "of the coordinates": level.inliers,
         "of smooth L1's gradient": level.of_total,
-        "of balanced L1's": level.of_total_balanced,
+        "of balanced L1's gradient": level.of_total_balanced,
         one: level.to_outlier,
     }
     _draw_bars(gradient, shares, [GREY, ORANGE, GREEN, ORANGE], {one: PAPER_TO_OUTLIER})
@@ -122,10 +122,10 @@ def _draw_bars(
     known = [0.0 if value is None or math.isnan(value) else value for value in values.values()]
     axis.barh(range(len(known)), known, color=colors, height=0.7)
     for y, (name, value) in enumerate(values.items()):
-        theirs = (paper or {}).get(name)
-        near = theirs is not None and 0 <= theirs - known[y] < 0.1
-        axis.text((theirs if near else known[y]) + 0.02 * end, y, percent(value), va="center", size=9)
-        if theirs is not None:
+        theirs = (paper or {}).get(name, -1.0)
+        is_beside = 0 <= theirs - known[y] < 0.1 * end
+        axis.text((theirs if is_beside else known[y]) + 0.02 * end, y, percent(value), va="center", size=9)
+        if theirs >= 0:
             axis.plot(theirs, y, marker="D", color="black", markersize=6, markerfacecolor="white")
     axis.set_yticks(range(len(known)), list(values))
     axis.invert_yaxis()
