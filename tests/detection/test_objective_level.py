@@ -6,7 +6,12 @@ from torch import nn
 
 from balanced_learning import BalancedL1Loss
 from balanced_learning.detection import apply_libra
-from balanced_learning.detection.imbalance.objective_level import box_errors, gradient_shares, gradients
+from balanced_learning.detection.imbalance.objective_level import (
+    ObjectiveMeter,
+    box_errors,
+    gradient_shares,
+    gradients,
+)
 from balanced_learning.detection.proposals import second_stage
 
 
@@ -104,3 +109,105 @@ def test_balanced_l1_has_the_paper_s_gradient_at_any_beta():
 
 def test_of_no_positives_there_are_no_shares():
     assert all(map(math.isnan, gradient_shares(torch.zeros(0, 4), BalancedL1Loss())))
+
+
+LOSS = nn.SmoothL1Loss()
+
+
+def predicting(build, deltas: float, **parts) -> nn.Module:
+    """A detector without proposals, whose positives are the ground truths, and which predicts this everywhere."""
+    model = build("fasterrcnn")
+    if parts:
+        apply_libra(model, **parts)
+    second_stage(model)
+    for layer, value in (
+        (model.roi_heads.box_predictor.bbox_pred, deltas),
+        (model.roi_heads.box_predictor.cls_score, 0),
+    ):
+        nn.init.zeros_(layer.weight)
+        nn.init.constant_(layer.bias, value)
+    return model
+
+
+def measure(model: nn.Module, images, targets, loss: nn.Module = LOSS, beta: float = 1.0):
+    meter = ObjectiveMeter(model, loss, beta)
+    meter.add(images, [{"proposals": torch.zeros(0, 4), **target} for target in targets])
+    return meter.result()
+
+
+def test_where_all_errors_are_inliers_they_have_the_whole_gradient(build, images, targets):
+    result = measure(predicting(build, 0.5), images, targets)
+    assert (result.positives, result.inliers, result.of_total, result.of_sample) == (5, 1, 1, 1)
+    assert result.of_total_balanced == 1
+    assert math.isnan(result.to_outlier)
+    assert result.class_loss == pytest.approx(math.log(5))  # of five classes alike
+    assert result.box_loss == pytest.approx(4 * (0.5 - 1 / 18))  # torchvision's smooth L1, of beta 1/9
+    assert result.ratio == pytest.approx(result.box_loss / math.log(5))
+
+
+def test_where_all_errors_are_outliers_inliers_have_none(build, images, targets):
+    model = predicting(build, 3.0, box_loss=nn.L1Loss())
+    result = measure(model, images, targets)
+    assert (result.positives, result.inliers, result.of_total, result.of_sample) == (5, 0, 0, 0)
+    assert result.of_total_balanced == 0
+    assert math.isnan(result.to_outlier)
+    assert result.box_loss == pytest.approx(12)  # the model's own loss, not the one whose gradient is divided
+
+
+def test_balanced_l1_is_compared_at_the_same_beta(build, images, targets):
+    model = predicting(build, 0.0)
+    model.roi_heads.box_predictor.bbox_pred.bias.detach().copy_(torch.tensor([0.1, 0.1, 0.1, 2.0]).repeat(5))
+    result = measure(model, images, targets, nn.SmoothL1Loss(beta=0.2), beta=0.2)
+    assert (result.inliers, result.of_total) == pytest.approx((0.75, 1.5 / 2.5))
+    inlier = 0.5 * math.log((math.exp(3) - 1) * 0.1 / 0.2 + 1)
+    assert result.of_total_balanced == pytest.approx(3 * inlier / (3 * inlier + 1.5))
+
+
+def test_batches_count_by_their_images(build, images, targets):
+    model = predicting(build, 0.5)
+    model.roi_heads.box_predictor.cls_score.bias.detach()[1] = 2.0
+    meter = ObjectiveMeter(model, LOSS, 1.0)
+    batches = [[0], [2, 2, 2]]
+    for batch in batches:
+        meter.add(
+            [images[i] for i in batch],
+            [{**targets[i], "labels": 1 + i + 0 * targets[i]["labels"], "proposals": torch.zeros(0, 4)} for i in batch],
+        )
+    known, other = (math.log(math.exp(2) + 4) - value for value in (2, 0))
+    assert meter.result().class_loss == pytest.approx((known + 3 * other) / 4)
+    assert meter.result().positives == 4 + 3
+
+
+def test_of_nothing_little_is_known(build, images, empty_targets):
+    model = predicting(build, 0.5)
+    for result in (measure(model, images, empty_targets), ObjectiveMeter(model, LOSS, 1.0).result()):
+        assert result.positives == 0
+        shares = (result.inliers, result.of_total, result.of_sample, result.to_outlier, result.of_total_balanced)
+        assert all(map(math.isnan, (*shares, result.box_loss, result.class_loss, result.ratio)))
+
+
+@pytest.mark.parametrize("parts", [None, {}])
+def test_background_alone_has_a_class_loss(build, images, empty_targets, basic_kind, parts):
+    model = build(basic_kind)
+    if parts is not None:
+        apply_libra(model)
+    result = measure(model, images, empty_targets)
+    assert (result.positives, result.box_loss, result.ratio) == (0, 0, 0)
+    assert result.class_loss > 0
+
+
+@pytest.mark.parametrize("parts", [None, {}, {"sampler": False, "path_aggregation": True}])
+def test_losses_are_those_of_a_training_step(build, images, targets, kind, parts):
+    model = build(kind)
+    if parts is not None:
+        apply_libra(model, **parts)
+    model.backbone.register_forward_hook(lambda *_: torch.manual_seed(1) and None)  # behind it, chance samples
+    with torch.no_grad():
+        losses = model.train()(images, targets)
+    of_boxes, of_classes = (
+        ("bbox_regression", "classification") if kind == "retinanet" else ("loss_box_reg", "loss_classifier")
+    )
+    result = measure(model, images, targets)
+    assert result.box_loss == pytest.approx(losses[of_boxes].item(), rel=1e-5)
+    assert result.class_loss == pytest.approx(losses[of_classes].item(), rel=1e-5)
+    assert result.ratio == pytest.approx(result.box_loss / result.class_loss)

@@ -56,7 +56,7 @@ def expected_of_balanced(sampler: IoUBalancedSampler, candidates: Tensor, wanted
 
     Example:
         >>> expected_of_balanced(IoUBalancedSampler(), torch.tensor([0, 70, 20, 10]), wanted=60)
-        tensor([ 0., 40., 20., 10.], dtype=torch.float64)
+        tensor([ 0., 30., 20., 10.], dtype=torch.float64)
     """
     floor_fraction = sampler.floor_fraction if sampler.floor_iou > 0 else 0.0
     below = round(wanted * floor_fraction)

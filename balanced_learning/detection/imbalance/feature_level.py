@@ -98,7 +98,7 @@ class LevelMeter:
     @torch.no_grad()
     def _compare(self, batch: Any, before: list[Tensor], after: list[Tensor] | None) -> None:
         pyramid = getattr(self.model.backbone, "bfp", None)
-        middle = getattr(pyramid, "refine_level", find_refine_level(self.model))
+        middle = getattr(pyramid, "refine_level", find_refine_level(self.model, len(before)))
         if after is None:
             after = BalancedFeaturePyramid(before[0].shape[1], refine_level=middle, refine=None)(before)
         size = before[middle].shape[-2:]
