@@ -182,9 +182,16 @@ def _box_loss(config: Config) -> nn.Module | bool:
     elif libra.beta is None and libra.box_loss_weight == 1:
         return False
     else:
-        beta = (0.0 if is_retinanet else 1 / 9) if libra.beta is None else libra.beta
-        loss = nn.SmoothL1Loss(reduction="sum", beta=beta)
+        loss = smooth_l1(config)
     return loss if libra.box_loss_weight == 1 else WeightedLoss(loss, libra.box_loss_weight)
+
+
+def smooth_l1(config: Config) -> nn.SmoothL1Loss:
+    """The box loss without balanced L1, and without its weight; by default torchvision's own."""
+    beta = config.libra.beta
+    if beta is None:
+        beta = 0.0 if config.model.is_retinanet else 1 / 9
+    return nn.SmoothL1Loss(reduction="sum", beta=beta)
 
 
 def _tune_parts(detector: Any, config: Config) -> None:
