@@ -1,0 +1,236 @@
+"""The tables that the documentation has of the study's results."""
+
+import shlex
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from _common import markdown
+from balanced_learning.training.reproduction.spreads import interval, mean, spread
+from balanced_learning.training.tide import KINDS
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+COSTS = tuple(f"dAP50/{kind}" for kind in KINDS)
+PLAIN, PAPERS_PLAIN, BOX_LOSS, LIBRA = "plain", "plain_beta_1", "balanced_l1", "libra"
+PARTS = ("sampler", "pyramid", BOX_LOSS, LIBRA)  # of the README
+OTHER_LOSSES = (PLAIN, PAPERS_PLAIN, "smooth_l1_w1.5", "smooth_l1_w2", "l1")
+SHARES = {"1/4": 0.25, "1/2": 0.5, "3/4": 0.75, "all": 1.0}  # of the epochs
+WORDS = {"bccd": "BCCD", "deeppcb": "DeepPCB", "finetuned": "fine-tuned", "scratch": "from scratch"}
+NOTHING = "No run is finished yet."
+
+Situation = dict[str, Any]
+Results = dict[str, Situation]
+
+
+def title(name: str) -> str:
+    """A situation in words."""
+    groups = groupby(name.split("_"), WORDS.__contains__)
+    return ", ".join((", " if known else " ").join(WORDS.get(word, word) for word in words) for known, words in groups)
+
+
+def values(situation: Situation, row: str, metric: str) -> dict[str, float]:
+    """A metric by seed, where it is defined."""
+    seeds = situation["rows"].get(row, {}).get("seeds", {})
+    return {seed: run[metric] for seed, run in seeds.items() if run[metric] is not None}
+
+
+def differences(situation: Situation, row: str, against: str, metric: str) -> list[float]:
+    """Of two rows, for each seed that both have."""
+    ours, theirs = values(situation, row, metric), values(situation, against, metric)
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def compared(situation: Situation) -> list[tuple[str, str]]:
+    """The rows with their baselines; of what replaces the box loss, with the paper's baseline as well."""
+    pairs = [(name, row["baseline"]) for name, row in situation["rows"].items() if row["baseline"]]
+    pairs += [(name, PAPERS_PLAIN) for name in (BOX_LOSS, LIBRA)]
+    return [pair for pair in dict.fromkeys(pairs) if differences(situation, *pair, "AP")]
+
+
+def label(situation: Situation, row: str) -> str:
+    return situation["rows"][row]["label"]
+
+
+def counted(number: int) -> str:
+    return f"{number} seed{'s' if number > 1 else ''}"
+
+
+def of_mean(numbers: Sequence[float]) -> str:
+    """Mean and sample standard deviation."""
+    deviation = spread(numbers)
+    return "-" if not numbers else f"{mean(numbers):.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+
+
+def of_difference(pairs: Sequence[float]) -> str:
+    """Mean and interval, bold where the interval excludes zero."""
+    middle, bounds = mean(pairs), interval(pairs)
+    if middle is None:
+        return "-"
+    if bounds is None:
+        return _signed(middle)
+    text = f"{_signed(middle)} [{_signed(bounds[0])}, {_signed(bounds[1])}]"
+    return f"**{text}**" if excludes_zero(bounds) else text
+
+
+def excludes_zero(bounds: tuple[float, float]) -> bool:
+    return bounds[0] > 0 or bounds[1] < 0
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 1) + 0.0:+.1f}"  # + 0.0, or there would be -0.0
+
+
+def table(results: Results) -> str:
+    """The README's: what each part changes of AP in each situation."""
+    rows = []
+    for name, situation in results.items():
+        plain = values(situation, PLAIN, "AP")
+        pairs = {part: differences(situation, part, PLAIN, "AP") for part in PARTS}
+        if plain:
+            rows.append(
+                {
+                    "data and start": title(name),
+                    "seeds": _range([len(each) for each in pairs.values() if each] or [len(plain)]),
+                    "AP plain": of_mean(list(plain.values())),
+                    **{_of_part(results, part): of_difference(each) for part, each in pairs.items()},
+                }
+            )
+    return markdown(rows, words=1) if rows else NOTHING
+
+
+def _of_part(results: Results, part: str) -> str:
+    return next((label(each, part) for each in results.values() if part in each["rows"]), part)
+
+
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def blocks(results: Results) -> dict[str, str]:
+    """The parts of the study's page, by the names of their markers."""
+    return {
+        "set-up": _set_up(results),
+        "commands": _commands(results),
+        "differences": _picture(results, "differences", "Differences to the plain detector with their intervals"),
+        "curves": _picture(results, "curves", "AP over the epochs of the plain and the Libra detector, a line a seed"),
+        "convergence": _convergence(results),
+        "results": "\n\n".join(_results(name, situation) for name, situation in results.items()) or NOTHING,
+        "box loss": _box_loss(results),
+    }
+
+
+def _picture(results: Results, name: str, words: str) -> str:
+    return f"![{words}](images/study_{name}.svg)" if results else NOTHING
+
+
+def _set_up(results: Results) -> str:
+    rows = []
+    for name, situation in results.items():
+        of, images = situation["settings"], situation["images"]
+        rows.append(
+            {
+                "situation": title(name),
+                "images to train on": f"{images['train']:,}",
+                "to evaluate": f"{images['val']:,}",
+                "backbone starts from": "chance" if of["weights_backbone"] in (None, "none") else "ImageNet",
+                "pixels": f"{of['min_size']} to {of['max_size']}",
+                "epochs": f"{of['epochs']}",
+                "images a step": f"{of['batch_size']}",
+                "optimizer": f"{of['opt']}, {of['lr']:g}, {of['lr_scheduler']}",
+                "device": situation["device"],
+                "commit": f"{situation['commit'] or '-'}"[:12],
+            }
+        )
+    return markdown(rows, words=1) if rows else NOTHING
+
+
+def _commands(results: Results) -> str:
+    lines = [
+        f".venv/bin/python examples/reproduce.py --table study --seeds {' '.join(map(str, situation['seeds']))} "
+        f"--data-path {shlex.quote(situation['data'])} --output-dir runs/{name} -- {shlex.join(situation['options'])}"
+        for name, situation in results.items()
+    ]
+    lines.append(f".venv/bin/python benchmarks/study.py {' '.join(f'runs/{name}' for name in results)}".rstrip())
+    return "\n".join(["```", *lines, "```"])
+
+
+def _convergence(results: Results) -> str:
+    """Mean AP after shares of the epochs."""
+    rows = []
+    for name, situation in results.items():
+        for row in (PLAIN, LIBRA):
+            seeds = situation["rows"].get(row, {}).get("seeds", {}).values()
+            if seeds:
+                after = {f"AP after {words}": [_after(run, share) for run in seeds] for words, share in SHARES.items()}
+                rows.append(
+                    {
+                        "situation": title(name),
+                        "row": label(situation, row),
+                        **{words: "-" if None in each else of_mean(each) for words, each in after.items()},  # type: ignore[arg-type]
+                    }
+                )
+    return markdown(rows, words=2) if rows else NOTHING
+
+
+def _after(run: dict[str, Any], share: float) -> float | None:
+    """The last AP that was measured when this share of the epochs was trained."""
+    last = run["curve"][-1][0]
+    return next((ap for epoch, ap in reversed(run["curve"]) if epoch <= share * last), None)
+
+
+def _results(name: str, situation: Situation) -> str:
+    means = [
+        {
+            "row": f"{row['label']} (`{key}`)",
+            "seeds": counted(len(row["seeds"])),
+            **{metric: of_mean(list(values(situation, key, metric).values())) for metric in METRICS},
+        }
+        for key, row in situation["rows"].items()
+    ]
+    parts = [f"### {title(name)}", "Mean ± standard deviation over the seeds:", markdown(means, words=1)]
+    if compared(situation):
+        changed = _differences(situation, METRICS)
+        cost = {"row": label(situation, PLAIN), "against": "", "seeds": ""} if PLAIN in situation["rows"] else {}
+        if cost:
+            cost["seeds"] = counted(len(situation["rows"][PLAIN]["seeds"]))
+            cost |= {_kind(metric): of_mean(list(values(situation, PLAIN, metric).values())) for metric in COSTS}
+        costs = [*([cost] if cost else []), *_differences(situation, COSTS)]
+        parts += ["Paired differences:", markdown(changed, words=2)]
+        parts += [
+            "What the kinds of error cost in AP50, and how much that changes; less is better:",
+            markdown(costs, words=2),
+        ]
+    return "\n\n".join(parts)
+
+
+def _differences(situation: Situation, metrics: Sequence[str]) -> list[dict[str, str]]:
+    return [
+        {
+            "row": label(situation, row),
+            "against": f"`{against}`",
+            "seeds": counted(len(differences(situation, row, against, "AP"))),
+            **{_kind(metric): of_difference(differences(situation, row, against, metric)) for metric in metrics},
+        }
+        for row, against in compared(situation)
+    ]
+
+
+def _kind(metric: str) -> str:
+    return metric.rpartition("/")[2]
+
+
+def _box_loss(results: Results) -> str:
+    """What balanced L1 has over each of the other box losses."""
+    rows = [
+        {
+            "situation": title(name),
+            "balanced L1 minus": label(situation, other),
+            "seeds": counted(len(differences(situation, BOX_LOSS, other, "AP"))),
+            **{metric: of_difference(differences(situation, BOX_LOSS, other, metric)) for metric in METRICS},
+        }
+        for name, situation in results.items()
+        for other in OTHER_LOSSES
+        if differences(situation, BOX_LOSS, other, "AP")
+    ]
+    return markdown(rows, words=2) if rows else "No two box losses have a finished run yet."
