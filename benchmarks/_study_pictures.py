@@ -9,11 +9,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from _study_tables import (
-    BOX_LOSS,
+    CURVES,
+    DIFFERENCES,
     LIBRA,
+    PARTS,
     PLAIN,
     Results,
     Situation,
+    against_plain,
     counted,
     differences,
     excludes_zero,
@@ -23,18 +26,19 @@ from _study_tables import (
 from balanced_learning.training.reproduction.spreads import interval, mean
 from docs.pictures import INK, OURS, STYLE, plt, save
 
-PARTS = ("sampler", "pyramid", BOX_LOSS, "sampler_pyramid", LIBRA)  # of Libra
 OF_OTHERS, OF_SEEDS = "#0f766e", "#64748b"
 ROW, HEAD = 0.27, 0.75  # of the differences, in inches
 LINES = {PLAIN: {"color": INK, "linestyle": "-"}, LIBRA: {"color": OURS, "linestyle": "--"}}
 
 
-def draw(results: Results, folder: Path) -> None:
-    """Writes ``study_curves.svg`` and ``study_differences.svg``, if there are results."""
-    if results:
-        with mpl.rc_context(STYLE):
-            save(draw_curves(results), folder / "study_curves.svg")
-            save(draw_differences(results), folder / "study_differences.svg")
+def draw(results: Results, docs: Path) -> None:
+    """Writes the pictures that there are results for."""
+    compared = {name: situation for name, situation in results.items() if against_plain(situation)}
+    with mpl.rc_context(STYLE):
+        if results:
+            save(draw_curves(results), docs / CURVES)
+        if compared:
+            save(draw_differences(compared), docs / DIFFERENCES)
 
 
 def draw_curves(results: Results) -> Figure:
@@ -69,8 +73,8 @@ def _plot_seeds(axis: Axes, situation: Situation, row: str, style: dict[str, str
 
 def draw_differences(results: Results) -> Figure:
     """The paired differences to the plain detector: each seed, their mean, and the interval."""
-    rows = {name: _rows(situation) for name, situation in results.items()}
-    heights = [ROW * max(len(of), 1) + HEAD for of in rows.values()]
+    rows = {name: against_plain(situation) for name, situation in results.items()}
+    heights = [ROW * len(of) + HEAD for of in rows.values()]
     figure, axes = plt.subplots(
         len(results),
         2,
@@ -92,17 +96,11 @@ def draw_differences(results: Results) -> Figure:
             axis.tick_params(axis="x", labelbottom=True)
             axis.spines["left"].set_visible(False)
         line[0].set_yticks(range(len(rows[name])), [_named(situation, row) for row in rows[name]])
-        line[0].set_ylim(max(len(rows[name]), 1) - 0.5, -0.5)
+        line[0].set_ylim(len(rows[name]) - 0.5, -0.5)
     for axis in axes[-1]:
         axis.set_xlabel("difference to plain in points")
     figure.legend(handles=_legend(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
-
-
-def _rows(situation: Situation) -> list[str]:
-    """What can be compared, the parts of Libra first."""
-    names = [*PARTS, *(name for name in situation["rows"] if name not in PARTS)]
-    return [name for name in names if name != PLAIN and differences(situation, name, PLAIN, "AP")]
 
 
 def _named(situation: Situation, row: str) -> str:

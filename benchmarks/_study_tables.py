@@ -12,11 +12,12 @@ from balanced_learning.training.tide import KINDS
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 COSTS = tuple(f"dAP50/{kind}" for kind in KINDS)
 PLAIN, PAPERS_PLAIN, BOX_LOSS, LIBRA = "plain", "plain_beta_1", "balanced_l1", "libra"
-PARTS = ("sampler", "pyramid", BOX_LOSS, LIBRA)  # of the README
+PARTS = ("sampler", "pyramid", BOX_LOSS, "sampler_pyramid", LIBRA)  # of Libra
 OTHER_LOSSES = (PLAIN, PAPERS_PLAIN, "smooth_l1_w1.5", "smooth_l1_w2", "l1")
 SHARES = {"1/4": 0.25, "1/2": 0.5, "3/4": 0.75, "all": 1.0}  # of the epochs
 WORDS = {"bccd": "BCCD", "deeppcb": "DeepPCB", "finetuned": "fine-tuned", "scratch": "from scratch"}
 NOTHING = "No run is finished yet."
+CURVES, DIFFERENCES = "images/study_curves.svg", "images/study_differences.svg"  # beside the page
 
 Situation = dict[str, Any]
 Results = dict[str, Situation]
@@ -45,6 +46,12 @@ def compared(situation: Situation) -> list[tuple[str, str]]:
     pairs = [(name, row["baseline"]) for name, row in situation["rows"].items() if row["baseline"]]
     pairs += [(name, PAPERS_PLAIN) for name in (BOX_LOSS, LIBRA)]
     return [pair for pair in dict.fromkeys(pairs) if differences(situation, *pair, "AP")]
+
+
+def against_plain(situation: Situation) -> list[str]:
+    """The rows that can be compared with the plain one, the parts of Libra first."""
+    names = dict.fromkeys([*PARTS, *situation["rows"]])
+    return [name for name in names if name != PLAIN and differences(situation, name, PLAIN, "AP")]
 
 
 def label(situation: Situation, row: str) -> str:
@@ -82,28 +89,29 @@ def _signed(value: float) -> str:
 
 def table(results: Results) -> str:
     """The README's: what each part changes of AP in each situation."""
+    measured = {name: situation for name, situation in results.items() if against_plain(situation)}
+    parts = {part: _of_part(measured, part) for part in PARTS if part != "sampler_pyramid"}
     rows = []
-    for name, situation in results.items():
-        plain = values(situation, PLAIN, "AP")
-        pairs = {part: differences(situation, part, PLAIN, "AP") for part in PARTS}
-        if plain:
-            rows.append(
-                {
-                    "data and start": title(name),
-                    "seeds": _range([len(each) for each in pairs.values() if each] or [len(plain)]),
-                    "AP plain": of_mean(list(plain.values())),
-                    **{_of_part(results, part): of_difference(each) for part, each in pairs.items()},
-                }
-            )
+    for name, situation in measured.items():
+        pairs = {words: differences(situation, part, PLAIN, "AP") for part, words in parts.items() if words}
+        rows.append(
+            {
+                "data and start": title(name),
+                "seeds": _range([len(each) for each in pairs.values() if each]),
+                "AP plain": of_mean(list(values(situation, PLAIN, "AP").values())),
+                **{words: of_difference(each) for words, each in pairs.items()},
+            }
+        )
     return markdown(rows, words=1) if rows else NOTHING
 
 
-def _of_part(results: Results, part: str) -> str:
-    return next((label(each, part) for each in results.values() if part in each["rows"]), part)
+def _of_part(results: Results, part: str) -> str | None:
+    """What a part is called, if it is anywhere."""
+    return next((label(each, part) for each in results.values() if part in each["rows"]), None)
 
 
 def _range(numbers: list[int]) -> str:
-    low, high = min(numbers), max(numbers)
+    low, high = min(numbers, default=0), max(numbers, default=0)
     return f"{low}" if low == high else f"{low} to {high}"
 
 
@@ -112,16 +120,16 @@ def blocks(results: Results) -> dict[str, str]:
     return {
         "set-up": _set_up(results),
         "commands": _commands(results),
-        "differences": _picture(results, "differences", "Differences to the plain detector with their intervals"),
-        "curves": _picture(results, "curves", "AP over the epochs of the plain and the Libra detector, a line a seed"),
+        "differences": f"![Differences to the plain detector with their intervals]({DIFFERENCES})"
+        if any(map(against_plain, results.values()))
+        else NOTHING,
+        "curves": f"![AP over the epochs of the plain and the Libra detector, a line a seed]({CURVES})"
+        if results
+        else NOTHING,
         "convergence": _convergence(results),
         "results": "\n\n".join(_results(name, situation) for name, situation in results.items()) or NOTHING,
         "box loss": _box_loss(results),
     }
-
-
-def _picture(results: Results, name: str, words: str) -> str:
-    return f"![{words}](images/study_{name}.svg)" if results else NOTHING
 
 
 def _set_up(results: Results) -> str:
@@ -134,7 +142,7 @@ def _set_up(results: Results) -> str:
                 "images to train on": f"{images['train']:,}",
                 "to evaluate": f"{images['val']:,}",
                 "backbone starts from": "chance" if of["weights_backbone"] in (None, "none") else "ImageNet",
-                "pixels": f"{of['min_size']} to {of['max_size']}",
+                "sides in pixels": f"{of['min_size']}, at most {of['max_size']}",
                 "epochs": f"{of['epochs']}",
                 "images a step": f"{of['batch_size']}",
                 "optimizer": f"{of['opt']}, {of['lr']:g}, {of['lr_scheduler']}",

@@ -49,7 +49,7 @@ def update(folders: list[Path], file: Path, root: Path) -> None:
     for page in (root / "docs" / "study.md", root / "README.md"):
         text = page.read_text(encoding="utf-8")
         write_text(page, fill(text, {**blocks(results), "study": table(results)}))
-    draw(results, root / "docs" / "images")
+    draw(results, root / "docs")
     for name, situation in results.items():
         print(f"{name}: {sum(len(row['seeds']) for row in situation['rows'].values())} runs")
 
