@@ -22,6 +22,13 @@ def study(monkeypatch):
 
 
 @pytest.fixture
+def tables(study, monkeypatch):
+    """The same without pictures, which take most of the time."""
+    monkeypatch.setattr(study, "draw", lambda results, docs: None)
+    return study
+
+
+@pytest.fixture
 def root(tmp_path) -> Path:
     """A copy of the page, and a README with the marker."""
     (tmp_path / "docs" / "images").mkdir(parents=True)
@@ -87,9 +94,9 @@ def test_unfinished_runs_are_left_out_and_undefined_metrics_stay_so(study, root)
     assert json.loads("{" + line.strip().rstrip(",") + "}") == {"2": run}
 
 
-def test_one_pair_has_no_interval(study, root):
+def test_one_pair_has_no_interval(tables, root):
     folder = make_folder(root / "bccd_scratch", {"plain": {0: 0.4, 2: 0.5}, "libra": {2: 0.5625}})
-    study.update([folder], root / "study.json", root)
+    tables.update([folder], root / "study.json", root)
     page, readme = ((root / name).read_text() for name in ("docs/study.md", "README.md"))
     assert cells(page, "Libra", "`plain`")[2:6] == ["1 seed", "+6.2", "+6.2", "+6.2"]
     assert cells(page, "plain (`plain`)")[1:5] == ["2 seeds", "45.0 ± 7.1", "45.0 ± 7.1", "45.0 ± 7.1"]
@@ -98,11 +105,11 @@ def test_one_pair_has_no_interval(study, root):
     assert readme.endswith("|\n\n<!-- end of study -->\n\nText.\n")
 
 
-def test_differences_are_paired_with_the_interval_of_students_t(study, root):
+def test_differences_are_paired_with_the_interval_of_students_t(tables, root):
     """Of +2, +3 and +4 points: 3 ± 4.3027 * 1 / sqrt(3) = 3 ± 2.4842. Without the pairs it would be far wider."""
     plain = {0: 0.30, 1: 0.40, 2: 0.50}
     rows = {"plain": plain, "balanced_l1": {0: 0.34, 1: 0.42, 2: 0.53}, "l1": {0: 0.33, 1: 0.39, 2: 0.49}}
-    study.update([make_folder(root / "deeppcb_finetuned", rows)], root / "study.json", root)
+    tables.update([make_folder(root / "deeppcb_finetuned", rows)], root / "study.json", root)
     page = (root / "docs" / "study.md").read_text()
     assert cells(page, "+ balanced L1", "`plain`")[2:4] == ["3 seeds", "**+3.0 [+0.5, +5.5]**"]
     # -1, -1 and +3: 1/3 ± 4.3027 * 2.3094 / sqrt(3)
@@ -131,9 +138,9 @@ def test_a_later_call_replaces_its_situations_alone(study, root):
     assert (root / "docs" / "study.md").read_text() == page
 
 
-def test_a_folder_without_a_table_is_named(study, root):
+def test_a_folder_without_a_table_is_named(tables, root):
     with pytest.raises(UserError, match=r"nowhere: holds no table_study\.json"):
-        study.update([root / "nowhere"], root / "study.json", root)
+        tables.update([root / "nowhere"], root / "study.json", root)
     assert not (root / "study.json").exists()
 
 
