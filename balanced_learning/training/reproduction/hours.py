@@ -26,7 +26,17 @@ ASPECT_RATIO = 4 / 3
 # What the time of a step depends on. Losses and samplers cost too little to be measured one by one.
 _COSTLY = {
     *("model", "backbone", "pyramid", "path_aggregation", "refine", "small", "min_size", "max_size", "norm"),
-    *("trainable_backbone_layers", "batch_size", "accumulation_steps", "amp", "channels_last", "compile"),
+    *(
+        "fpn_channels",
+        "anchor_size",
+        "box_batch_size_per_image",
+        "trainable_backbone_layers",
+        "batch_size",
+        "accumulation_steps",
+        "amp",
+        "channels_last",
+        "compile",
+    ),
 }
 
 
