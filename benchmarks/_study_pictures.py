@@ -1,6 +1,7 @@
 """The pictures that the documentation has of the study's results."""
 
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -27,7 +28,8 @@ from balanced_learning.training.reproduction.spreads import interval, mean
 from docs.pictures import INK, OURS, STYLE, plt, save
 
 OF_OTHERS, OF_SEEDS = "#0f766e", "#64748b"
-ROW, HEAD = 0.27, 0.75  # of the differences, in inches
+ROW, HEAD = 0.31, 0.75  # of the differences, in inches
+WIDTH, NO_BREAK = 36, "\N{NO-BREAK SPACE}"  # of the names of rows, in characters
 LINES = {PLAIN: {"color": INK, "linestyle": "-"}, LIBRA: {"color": OURS, "linestyle": "--"}}
 
 
@@ -95,7 +97,7 @@ def draw_differences(results: Results) -> Figure:
             axis.tick_params(axis="y", length=0)
             axis.tick_params(axis="x", labelbottom=True)
             axis.spines["left"].set_visible(False)
-        line[0].set_yticks(range(len(rows[name])), [_named(situation, row) for row in rows[name]])
+        line[0].set_yticks(range(len(rows[name])), [_named(situation, row) for row in rows[name]], fontsize=9)
         line[0].set_ylim(len(rows[name]) - 0.5, -0.5)
     for axis in axes[-1]:
         axis.set_xlabel("difference to plain in points")
@@ -105,7 +107,7 @@ def draw_differences(results: Results) -> Figure:
 
 def _named(situation: Situation, row: str) -> str:
     count = len(differences(situation, row, PLAIN, "AP"))
-    return f"{label(situation, row)} ({counted(count)})"
+    return fill(f"{label(situation, row)} ({counted(count).replace(' ', NO_BREAK)})", WIDTH)
 
 
 def _plot_difference(axis: Axes, y: int, pairs: list[float], is_part: bool) -> None:

@@ -41,17 +41,21 @@ def differences(situation: Situation, row: str, against: str, metric: str) -> li
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
+def ordered(situation: Situation) -> list[str]:
+    """The rows that have runs: the plain one, the parts of Libra, the others."""
+    return [name for name in dict.fromkeys([PLAIN, *PARTS, *situation["rows"]]) if name in situation["rows"]]
+
+
 def compared(situation: Situation) -> list[tuple[str, str]]:
     """The rows with their baselines; of what replaces the box loss, with the paper's baseline as well."""
-    pairs = [(name, row["baseline"]) for name, row in situation["rows"].items() if row["baseline"]]
+    pairs = [(name, situation["rows"][name]["baseline"]) for name in ordered(situation)]
     pairs += [(name, PAPERS_PLAIN) for name in (BOX_LOSS, LIBRA)]
     return [pair for pair in dict.fromkeys(pairs) if differences(situation, *pair, "AP")]
 
 
 def against_plain(situation: Situation) -> list[str]:
-    """The rows that can be compared with the plain one, the parts of Libra first."""
-    names = dict.fromkeys([*PARTS, *situation["rows"]])
-    return [name for name in names if name != PLAIN and differences(situation, name, PLAIN, "AP")]
+    """The rows that can be compared with the plain one."""
+    return [name for name in ordered(situation) if name != PLAIN and differences(situation, name, PLAIN, "AP")]
 
 
 def label(situation: Situation, row: str) -> str:
@@ -190,11 +194,11 @@ def _after(run: dict[str, Any], share: float) -> float | None:
 def _results(name: str, situation: Situation) -> str:
     means = [
         {
-            "row": f"{row['label']} (`{key}`)",
-            "seeds": counted(len(row["seeds"])),
-            **{metric: of_mean(list(values(situation, key, metric).values())) for metric in METRICS},
+            "row": f"{label(situation, row)} (`{row}`)",
+            "seeds": counted(len(situation["rows"][row]["seeds"])),
+            **{metric: of_mean(list(values(situation, row, metric).values())) for metric in METRICS},
         }
-        for key, row in situation["rows"].items()
+        for row in ordered(situation)
     ]
     parts = [f"### {title(name)}", "Mean ± standard deviation over the seeds:", markdown(means, words=1)]
     if compared(situation):
