@@ -9,9 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from _study_tables import (
-    CURVES,
-    DIFFERENCES,
+from _study_results import (
     LIBRA,
     PARTS,
     PLAIN,
@@ -24,6 +22,7 @@ from _study_tables import (
     label,
     title,
 )
+from _study_tables import CURVES, DIFFERENCES
 from balanced_learning.training.reproduction.spreads import interval, mean
 from docs.pictures import INK, OURS, STYLE, plt, save
 

@@ -2,68 +2,36 @@
 
 import shlex
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
 from _common import markdown
+from _study_results import (
+    BOX_LOSS,
+    LIBRA,
+    PAPERS_PLAIN,
+    PARTS,
+    PLAIN,
+    Results,
+    Situation,
+    against_plain,
+    compared,
+    counted,
+    differences,
+    excludes_zero,
+    label,
+    ordered,
+    title,
+    values,
+)
 from balanced_learning.training.reproduction.spreads import interval, mean, spread
 from balanced_learning.training.tide import KINDS
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 COSTS = tuple(f"dAP50/{kind}" for kind in KINDS)
-PLAIN, PAPERS_PLAIN, BOX_LOSS, LIBRA = "plain", "plain_beta_1", "balanced_l1", "libra"
-PARTS = ("sampler", "pyramid", BOX_LOSS, "sampler_pyramid", LIBRA)  # of Libra
 OTHER_LOSSES = (PLAIN, PAPERS_PLAIN, "smooth_l1_w1.5", "smooth_l1_w2", "l1")
 SHARES = {"1/4": 0.25, "1/2": 0.5, "3/4": 0.75, "all": 1.0}  # of the epochs
-WORDS = {"bccd": "BCCD", "deeppcb": "DeepPCB", "finetuned": "fine-tuned", "scratch": "from scratch"}
 NOTHING = "No run is finished yet."
 CURVES, DIFFERENCES = "images/study_curves.svg", "images/study_differences.svg"  # beside the page
-
-Situation = dict[str, Any]
-Results = dict[str, Situation]
-
-
-def title(name: str) -> str:
-    """A situation in words."""
-    groups = groupby(name.split("_"), WORDS.__contains__)
-    return ", ".join((", " if known else " ").join(WORDS.get(word, word) for word in words) for known, words in groups)
-
-
-def values(situation: Situation, row: str, metric: str) -> dict[str, float]:
-    """A metric by seed, where it is defined."""
-    seeds = situation["rows"].get(row, {}).get("seeds", {})
-    return {seed: run[metric] for seed, run in seeds.items() if run[metric] is not None}
-
-
-def differences(situation: Situation, row: str, against: str, metric: str) -> list[float]:
-    """Of two rows, for each seed that both have."""
-    ours, theirs = values(situation, row, metric), values(situation, against, metric)
-    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-
-
-def ordered(situation: Situation) -> list[str]:
-    """The rows that have runs: the plain one, the parts of Libra, the others."""
-    return [name for name in dict.fromkeys([PLAIN, *PARTS, *situation["rows"]]) if name in situation["rows"]]
-
-
-def compared(situation: Situation) -> list[tuple[str, str]]:
-    """The rows with their baselines; of what replaces the box loss, with the paper's baseline as well."""
-    pairs = [(name, situation["rows"][name]["baseline"]) for name in ordered(situation)]
-    pairs += [(name, PAPERS_PLAIN) for name in (BOX_LOSS, LIBRA)]
-    return [pair for pair in dict.fromkeys(pairs) if differences(situation, *pair, "AP")]
-
-
-def against_plain(situation: Situation) -> list[str]:
-    """The rows that can be compared with the plain one."""
-    return [name for name in ordered(situation) if name != PLAIN and differences(situation, name, PLAIN, "AP")]
-
-
-def label(situation: Situation, row: str) -> str:
-    return situation["rows"][row]["label"]
-
-
-def counted(number: int) -> str:
-    return f"{number} seed{'s' if number > 1 else ''}"
 
 
 def of_mean(numbers: Sequence[float]) -> str:
@@ -81,10 +49,6 @@ def of_difference(pairs: Sequence[float]) -> str:
         return _signed(middle)
     text = f"{_signed(middle)} [{_signed(bounds[0])}, {_signed(bounds[1])}]"
     return f"**{text}**" if excludes_zero(bounds) else text
-
-
-def excludes_zero(bounds: tuple[float, float]) -> bool:
-    return bounds[0] > 0 or bounds[1] < 0
 
 
 def _signed(value: float) -> str:
@@ -158,13 +122,17 @@ def _set_up(results: Results) -> str:
 
 
 def _commands(results: Results) -> str:
-    lines = [
-        f".venv/bin/python examples/reproduce.py --table study --seeds {' '.join(map(str, situation['seeds']))} "
-        f"--data-path {shlex.quote(situation['data'])} --output-dir runs/{name} -- {shlex.join(situation['options'])}"
-        for name, situation in results.items()
-    ]
+    lines = [_command(name, situation) for name, situation in results.items()]
     lines.append(f".venv/bin/python benchmarks/study.py {' '.join(f'runs/{name}' for name in results)}".rstrip())
     return "\n".join(["```", *lines, "```"])
+
+
+def _command(name: str, situation: Situation) -> str:
+    """What trains the rows of a situation."""
+    rows = [] if situation["is_whole"] else ["--rows", *ordered(situation)]
+    words = ["--table", "study", *rows, "--seeds", *map(str, situation["seeds"]), "--data-path", situation["data"]]
+    words += ["--output-dir", f"runs/{name}", *(["--", *situation["options"]] if situation["options"] else [])]
+    return f".venv/bin/python examples/reproduce.py {shlex.join(words)}"
 
 
 def _convergence(results: Results) -> str:

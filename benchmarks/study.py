@@ -82,6 +82,7 @@ def gather(folder: Path) -> dict[str, Any]:
         "images": study["images"],
         "options": [without_folder(word) for word in study["options"]],
         "seeds": study["seeds"],
+        "is_whole": len(rows) == len(study["rows"]),
         "settings": {name: without_folder(settings[name]) for name in SETTINGS if name in settings},
         "versions": [{key: each[key] for key in each if key != "files"} for each in study["versions"] if each],
         "device": study["device"],

@@ -90,6 +90,8 @@ def test_unfinished_runs_are_left_out_and_undefined_metrics_stay_so(study, root)
     run = situation["rows"]["libra"]["seeds"]["2"]
     assert (run["AP"], run["APs"], run["dAP50/missed"]) == (56.25, None, 2.0)
     assert run["curve"] == [[2, 28.125], [3, 56.25]]
+    command = "--rows plain libra --seeds 0 1 2 --data-path bccd --output-dir runs/bccd_scratch -- --weights-backbone"
+    assert f"reproduce.py --table study {command} weights.pth\n" in (root / "docs" / "study.md").read_text()
     (line,) = (line for line in text.splitlines() if "28.125" in line)  # a run is a line
     assert json.loads("{" + line.strip().rstrip(",") + "}") == {"2": run}
 
