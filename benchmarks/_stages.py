@@ -80,7 +80,7 @@ def watched(model: Any, optimizer: Optimizer, loader: Any, device: str) -> Itera
         (model.rpn, "fg_bg_sampler", "selection"),
         (roi_heads, "forward", "heads"),
         (roi_heads, "select_training_samples", "selection"),
-        (roi_heads, "_box_losses", "losses"),
+        (roi_heads, "box_losses", "losses"),
     ]
     forward, backward, iterate = model.forward, torch.autograd.backward, type(loader).__iter__
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from balanced_learning import BalancedL1Loss
-from balanced_learning.detection.imbalance import box_errors, gradient_shares
+from balanced_learning.detection.imbalance.objective_level import box_errors, gradient_shares
 from balanced_learning.training import randomness
 from balanced_learning.training.command_line import read_command_line
 from balanced_learning.training.endings import ends_in_one_line

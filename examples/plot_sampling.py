@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
-from balanced_learning.detection.imbalance import (
+from balanced_learning.detection.imbalance.sample_level import (
+    INTERVALS,
+    LOW_IOU,
     MatchedProposals,
     bin_edges,
     chosen_ious,
@@ -38,11 +40,9 @@ from balanced_learning.training.output_folder import find_folder
 from balanced_learning.training.reporting.figures import save_iou_shares, save_sampled_boxes
 from balanced_learning.training.settings import positive
 
-INTERVALS = 10  # of the histogram, or more: it cuts every bin into equally many
 DRAWS = 20  # of each image
 SHOWN_IMAGES = 3
-LOW_IOU = 0.05
-PAPER = {"hard": "> 60 %", "random": "about 30 %"}  # above it, on COCO
+PAPER = {"hard": "> 60 %", "random": "about 30 %"}  # above LOW_IOU, on COCO
 
 
 def main(argv: list[str] | None = None) -> None:

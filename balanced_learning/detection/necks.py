@@ -83,7 +83,7 @@ def add_necks(model: FasterRCNN | RetinaNet, path: bool | nn.Module, pyramid: bo
             _hook_path(backbone)
     if pyramid is not False:
         if pyramid is True:
-            refine_level = _refine_level(model)
+            refine_level = find_refine_level(model, _num_levels(model))
             pyramid = _matching(model, BalancedFeaturePyramid(backbone.out_channels, refine_level=refine_level))
         backbone.bfp = pyramid
         if not is_stock:
@@ -131,9 +131,8 @@ def _num_levels(model: FasterRCNN | RetinaNet) -> int:
     return len(generator.sizes)
 
 
-def _refine_level(model: FasterRCNN | RetinaNet) -> int:
+def find_refine_level(model: FasterRCNN | RetinaNet, num_levels: int) -> int:
     """The index of P4 among P2 to P6 or P3 to P7, whose coarsest levels are extra blocks; otherwise the middle."""
-    num_levels = _num_levels(model)
     if num_levels != 5:
         return num_levels // 2
     fpn: Any = getattr(model.backbone, "fpn", None)

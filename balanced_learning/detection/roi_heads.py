@@ -53,7 +53,7 @@ class LibraRoIHeads(BalancedStage, RoIHeads):
         proposals, matched_idxs, labels, regression_targets = self.select_training_samples(proposals, targets)
         box_features = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
         class_logits, box_regression = self.box_predictor(box_features)
-        losses = self._box_losses(class_logits, box_regression, torch.cat(labels), torch.cat(regression_targets))
+        losses = self.box_losses(class_logits, box_regression, torch.cat(labels), torch.cat(regression_targets))
 
         positive = [image_labels > 0 for image_labels in labels]
         boxes = [b[p] for b, p in zip(proposals, positive, strict=True)]
@@ -111,7 +111,7 @@ class LibraRoIHeads(BalancedStage, RoIHeads):
             if self.has_keypoint() and (keypoints := target["keypoints"].dtype) != torch.float32:
                 raise TypeError(f"target keypoints must of float type, instead got {keypoints}")
 
-    def _box_losses(
+    def box_losses(
         self, class_logits: Tensor, box_regression: Tensor, labels: Tensor, regression_targets: Tensor
     ) -> dict[str, Tensor]:
         """Cross entropy of the S sampled boxes, and the box loss of the positives for their own class.

@@ -233,6 +233,7 @@ class TrainingConfig:
         1, "batches of a process that are added up to one step of the optimizer", type=positive, metavar="N"
     )
     epochs: int = setting(12, "passes over the data", type=positive, metavar="N")
+    eval_interval: int = setting(1, "evaluate after every Nth epoch, and after the last", type=positive, metavar="N")
     opt: str = setting("sgd", "optimizer", binds=COURSE, choices=["sgd", "sgd_nesterov", "adamw"])
     lr: float = setting(
         None,
@@ -266,7 +267,7 @@ class TrainingConfig:
         metavar="DECAY",
     )
     patience: int | None = setting(
-        None, "end after N epochs without a higher AP (an RPN: AR1000)", type=positive, metavar="N"
+        None, "end after N evaluated epochs without a higher AP (an RPN: AR1000)", type=positive, metavar="N"
     )
     max_skipped_steps: int = setting(
         10,

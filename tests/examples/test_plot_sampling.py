@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from balanced_learning import IoUBalancedSampler
-from balanced_learning.detection.imbalance import interval_edges, interval_shares
+from balanced_learning.detection.imbalance.sample_level import interval_edges, interval_shares
 from examples import plot_sampling, train_torchvision_libra
 from tests.training.coco_data import add_images
 from tests.training.small import SMALL

@@ -4,7 +4,7 @@ from PIL import Image
 from torch import nn
 
 from balanced_learning import BalancedL1Loss, IoUBalancedSampler
-from balanced_learning.detection.imbalance import MatchedProposals, bin_edges, interval_edges
+from balanced_learning.detection.imbalance.sample_level import MatchedProposals, bin_edges, interval_edges
 from balanced_learning.training.data.coco import read_split
 from balanced_learning.training.data.dataset import DetectionDataset
 from balanced_learning.training.data.labels import Labels

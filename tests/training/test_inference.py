@@ -5,7 +5,7 @@ from torch import nn
 from torchvision.models import WeightsEnum, resnet50
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
-from balanced_learning.detection.imbalance import box_errors
+from balanced_learning.detection.imbalance.objective_level import box_errors
 from balanced_learning.training import load_detector
 from balanced_learning.training.checkpoint import save
 from balanced_learning.training.data.batching import DetectionLoader, OneByOne

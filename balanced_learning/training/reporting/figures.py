@@ -15,7 +15,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from balanced_learning.detection.imbalance import MatchedProposals, gradients
+from balanced_learning.detection.imbalance.objective_level import gradients
+from balanced_learning.detection.imbalance.sample_level import MatchedProposals
 from balanced_learning.training.files import Write, write_or_warn, write_whole
 
 mpl.use("Agg")
@@ -36,10 +37,10 @@ def save_curves(path: Path, rows: list[dict[str, Any]]) -> None:
         values = [row.get(name, math.nan) for row in rows]
         style = {"color": "black", "linewidth": 2.5} if name == "loss" else {}
         losses.plot(epochs, values, label="loss, the sum" if name == "loss" else name, marker=".", **style)
-    of_proposals = "AR1000" in rows[-1]
+    of_proposals = any("AR1000" in row for row in rows)
     for name in ("AR100", "AR300", "AR1000") if of_proposals else ("AP", "AP50", "AP75"):
-        values = [row.get(name) for row in rows]
-        precision.plot(epochs, [math.nan if v is None else 100 * v for v in values], label=name, marker=".")
+        known = {row["epoch"]: 100 * row[name] for row in rows if row.get(name) is not None}
+        precision.plot(list(known), list(known.values()), label=name, marker=".")
     losses.set(xlabel="epoch", ylabel="loss, mean of the epoch", yscale="log")
     losses.yaxis.set_major_formatter("{x:g}")
     precision.set(xlabel="epoch", ylabel=f"average {'recall' if of_proposals else 'precision'} in %", ylim=(0, None))

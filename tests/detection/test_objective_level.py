@@ -2,100 +2,17 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+from torch import nn
 
-from balanced_learning import BalancedL1Loss, IoUBalancedSampler
+from balanced_learning import BalancedL1Loss
 from balanced_learning.detection import apply_libra
-from balanced_learning.detection.imbalance import (
-    MatchedProposals,
-    bin_edges,
+from balanced_learning.detection.imbalance.objective_level import (
+    ObjectiveMeter,
     box_errors,
-    chosen_ious,
     gradient_shares,
     gradients,
-    interval_edges,
-    interval_shares,
 )
 from balanced_learning.detection.proposals import second_stage
-from balanced_learning.samplers import iou_bins
-
-
-def proposals(ious: Tensor) -> MatchedProposals:
-    """Negatives alone; the last are the hardest."""
-    size = len(ious)
-    nothing = torch.zeros(size, dtype=torch.int64)
-    hardness = torch.arange(size).float()
-    return MatchedProposals(
-        torch.rand(3, 32, 32), torch.rand(1, 4), torch.rand(size, 4), nothing, ious, nothing, hardness
-    )
-
-
-def test_shares_are_those_of_whom_each_chooses():
-    ious = torch.cat([torch.full((900,), 0.01), torch.full((60,), 0.21), torch.full((40,), 0.46)])
-    balanced, random = IoUBalancedSampler(90, 0.0), BalancedPositiveNegativeSampler(90, 0.0)
-    edges = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4])
-    chosen = chosen_ious(proposals(ious), balanced, random, draws=50)
-    assert {name: len(each) for name, each in chosen.items()} == {
-        "all": 1000, "hard": 250, "random": 50 * 90, "IoU-balanced": 50 * 90
-    }  # fmt: skip
-    shares = {name: interval_shares(each, edges) for name, each in chosen.items()}
-    assert shares["all"].tolist() == pytest.approx([0.9, 0, 0.06, 0.04])
-    assert shares["hard"].tolist() == pytest.approx([0.6, 0, 0.24, 0.16])
-    assert shares["random"].tolist() == pytest.approx([0.9, 0, 0.06, 0.04], abs=0.02)
-    assert shares["IoU-balanced"].tolist() == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3])
-
-
-def test_positives_and_ignored_boxes_are_no_negatives():
-    each = proposals(torch.tensor([0.1, 0.2, 0.3, 0.9]))
-    each = each._replace(labels=torch.tensor([0, -1, 0, 2]))
-    both = IoUBalancedSampler(90, 0.25), BalancedPositiveNegativeSampler(90, 0.25)
-    chosen = chosen_ious(each, *both, draws=2)
-    wanted = {"all": [0.1, 0.3], "hard": [0.3], "random": [0.1, 0.3] * 2, "IoU-balanced": [0.1, 0.3] * 2}
-    assert {name: ious.tolist() for name, ious in chosen.items()} == {k: pytest.approx(v) for k, v in wanted.items()}
-
-
-def test_of_no_negatives_nothing_is_chosen():
-    both = IoUBalancedSampler(90, 0.25), BalancedPositiveNegativeSampler(90, 0.25)
-    for ious in chosen_ious(proposals(torch.zeros(0)), *both, draws=2).values():
-        assert interval_shares(ious, torch.tensor([0.0, 0.2, 0.4])).tolist() == [0, 0]
-
-
-def test_intervals_are_closed_below_and_the_outermost_open():
-    ious = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
-    assert interval_shares(ious, torch.tensor([0.1, 0.25, 0.5, 0.75])).tolist() == pytest.approx([2 / 6, 1 / 6, 3 / 6])
-
-
-@pytest.mark.parametrize(
-    "sampler",
-    [
-        IoUBalancedSampler(),
-        IoUBalancedSampler(num_bins=1),
-        IoUBalancedSampler(num_bins=7, max_iou=0.6, floor_iou=0.1),
-        IoUBalancedSampler(num_bins=20, max_iou=None),
-    ],
-)
-def test_intervals_are_parts_of_the_bins_that_the_sampler_draws_from(sampler):
-    edges = interval_edges(sampler, at_least=10)
-    assert edges.diff().min() > 0
-    num_intervals = int((edges[:-1] >= sampler.floor_iou).sum())
-    assert num_intervals >= 10
-    assert num_intervals % sampler.num_bins == 0
-    assert (edges[0], edges[-1]) == (0, bin_edges(sampler)[-1])
-    ceiling = sampler.max_iou or 1.0
-    just_inside = torch.cat([edges[:-1] + 1e-5, edges[1:] - 1e-5])
-    bins = iou_bins(just_inside, sampler.floor_iou, ceiling, sampler.num_bins)
-    first, last = bins.chunk(2)
-    assert torch.equal(first, last)  # no interval is in two bins
-    counts = first[first >= 0].bincount()
-    assert counts.tolist() == [num_intervals // sampler.num_bins] * sampler.num_bins
-    steps = torch.tensor(bin_edges(sampler)[1:-1])
-    assert torch.equal(
-        iou_bins(steps - 1e-5, sampler.floor_iou, ceiling, sampler.num_bins) + 1, torch.arange(len(steps)) + 1
-    )
-    assert torch.equal(
-        iou_bins(steps + 1e-5, sampler.floor_iou, ceiling, sampler.num_bins), torch.arange(len(steps)) + 1
-    )
 
 
 def encoded(box: list[float], truth: list[float], weights: tuple[float, ...]) -> list[float]:
@@ -192,3 +109,105 @@ def test_balanced_l1_has_the_paper_s_gradient_at_any_beta():
 
 def test_of_no_positives_there_are_no_shares():
     assert all(map(math.isnan, gradient_shares(torch.zeros(0, 4), BalancedL1Loss())))
+
+
+LOSS = nn.SmoothL1Loss()
+
+
+def predicting(build, deltas: float, **parts) -> nn.Module:
+    """A detector without proposals, whose positives are the ground truths, and which predicts this everywhere."""
+    model = build("fasterrcnn")
+    if parts:
+        apply_libra(model, **parts)
+    second_stage(model)
+    for layer, value in (
+        (model.roi_heads.box_predictor.bbox_pred, deltas),
+        (model.roi_heads.box_predictor.cls_score, 0),
+    ):
+        nn.init.zeros_(layer.weight)
+        nn.init.constant_(layer.bias, value)
+    return model
+
+
+def measure(model: nn.Module, images, targets, loss: nn.Module = LOSS, beta: float = 1.0):
+    meter = ObjectiveMeter(model, loss, beta)
+    meter.add(images, [{"proposals": torch.zeros(0, 4), **target} for target in targets])
+    return meter.result()
+
+
+def test_where_all_errors_are_inliers_they_have_the_whole_gradient(build, images, targets):
+    result = measure(predicting(build, 0.5), images, targets)
+    assert (result.positives, result.inliers, result.of_total, result.of_sample) == (5, 1, 1, 1)
+    assert result.of_total_balanced == 1
+    assert math.isnan(result.to_outlier)
+    assert result.class_loss == pytest.approx(math.log(5))  # of five classes alike
+    assert result.box_loss == pytest.approx(4 * (0.5 - 1 / 18))  # torchvision's smooth L1, of beta 1/9
+    assert result.ratio == pytest.approx(result.box_loss / math.log(5))
+
+
+def test_where_all_errors_are_outliers_inliers_have_none(build, images, targets):
+    model = predicting(build, 3.0, box_loss=nn.L1Loss())
+    result = measure(model, images, targets)
+    assert (result.positives, result.inliers, result.of_total, result.of_sample) == (5, 0, 0, 0)
+    assert result.of_total_balanced == 0
+    assert math.isnan(result.to_outlier)
+    assert result.box_loss == pytest.approx(12)  # the model's own loss, not the one whose gradient is divided
+
+
+def test_balanced_l1_is_compared_at_the_same_beta(build, images, targets):
+    model = predicting(build, 0.0)
+    model.roi_heads.box_predictor.bbox_pred.bias.detach().copy_(torch.tensor([0.1, 0.1, 0.1, 2.0]).repeat(5))
+    result = measure(model, images, targets, nn.SmoothL1Loss(beta=0.2), beta=0.2)
+    assert (result.inliers, result.of_total) == pytest.approx((0.75, 1.5 / 2.5))
+    inlier = 0.5 * math.log((math.exp(3) - 1) * 0.1 / 0.2 + 1)
+    assert result.of_total_balanced == pytest.approx(3 * inlier / (3 * inlier + 1.5))
+
+
+def test_batches_count_by_their_images(build, images, targets):
+    model = predicting(build, 0.5)
+    model.roi_heads.box_predictor.cls_score.bias.detach()[1] = 2.0
+    meter = ObjectiveMeter(model, LOSS, 1.0)
+    batches = [[0], [2, 2, 2]]
+    for batch in batches:
+        meter.add(
+            [images[i] for i in batch],
+            [{**targets[i], "labels": 1 + i + 0 * targets[i]["labels"], "proposals": torch.zeros(0, 4)} for i in batch],
+        )
+    known, other = (math.log(math.exp(2) + 4) - value for value in (2, 0))
+    assert meter.result().class_loss == pytest.approx((known + 3 * other) / 4)
+    assert meter.result().positives == 4 + 3
+
+
+def test_of_nothing_little_is_known(build, images, empty_targets):
+    model = predicting(build, 0.5)
+    for result in (measure(model, images, empty_targets), ObjectiveMeter(model, LOSS, 1.0).result()):
+        assert result.positives == 0
+        shares = (result.inliers, result.of_total, result.of_sample, result.to_outlier, result.of_total_balanced)
+        assert all(map(math.isnan, (*shares, result.box_loss, result.class_loss, result.ratio)))
+
+
+@pytest.mark.parametrize("parts", [None, {}])
+def test_background_alone_has_a_class_loss(build, images, empty_targets, basic_kind, parts):
+    model = build(basic_kind)
+    if parts is not None:
+        apply_libra(model)
+    result = measure(model, images, empty_targets)
+    assert (result.positives, result.box_loss, result.ratio) == (0, 0, 0)
+    assert result.class_loss > 0
+
+
+@pytest.mark.parametrize("parts", [None, {}, {"sampler": False, "path_aggregation": True}])
+def test_losses_are_those_of_a_training_step(build, images, targets, kind, parts):
+    model = build(kind)
+    if parts is not None:
+        apply_libra(model, **parts)
+    model.backbone.register_forward_hook(lambda *_: torch.manual_seed(1) and None)  # behind it, chance samples
+    with torch.no_grad():
+        losses = model.train()(images, targets)
+    of_boxes, of_classes = (
+        ("bbox_regression", "classification") if kind == "retinanet" else ("loss_box_reg", "loss_classifier")
+    )
+    result = measure(model, images, targets)
+    assert result.box_loss == pytest.approx(losses[of_boxes].item(), rel=1e-5)
+    assert result.class_loss == pytest.approx(losses[of_classes].item(), rel=1e-5)
+    assert result.ratio == pytest.approx(result.box_loss / result.class_loss)
