@@ -1,5 +1,7 @@
 """Trains the rows of the paper's Tables 1 to 6 and writes each table, published numbers beside measured ones.
 
+--table study is a study of the parts, each alone and together, that a CPU can make.
+
     python examples/reproduce.py --table 6 --data-path coco --dry-run                 # the commands, and their hours
     python examples/reproduce.py --table 6 --data-path coco --seeds 0 1 2             # on all GPUs
     python examples/reproduce.py --table 1 --rows faster_rcnn_r50_1x libra_rcnn_r50_1x --data-path coco
@@ -27,7 +29,7 @@ from balanced_learning.training.reproduction.commands import print_commands
 from balanced_learning.training.reproduction.folders import check_settings
 from balanced_learning.training.reproduction.hours import count_images
 from balanced_learning.training.reproduction.plan import Plan, Request, make_plan
-from balanced_learning.training.reproduction.published import NUMBERS, read_table
+from balanced_learning.training.reproduction.published import NUMBERS, STUDY, read_table
 from balanced_learning.training.reproduction.reproducing import Reproduction
 from balanced_learning.training.signals import StopSignals
 
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 def read_arguments(words: list[str]) -> argparse.Namespace:
     """The arguments; ``options`` are those behind the first ``--``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", required=True, choices=[*map(str, NUMBERS["paper"]), "all"])
+    parser.add_argument("--table", required=True, choices=[*map(str, NUMBERS["paper"]), "all", STUDY])
     parser.add_argument("--family", choices=list(NUMBERS), default="paper", help="of recipes (default: paper)")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="train these rows alone")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of each row (default: 0)")
@@ -84,7 +86,8 @@ def read_request(given: argparse.Namespace) -> Request:
         value = getattr(given, flag)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{flag.replace('_', '-')} {value:g}: must be above 0")
-    numbers = NUMBERS[given.family] if given.table == "all" else (int(given.table),)
+    table = given.table
+    numbers = NUMBERS[given.family] if table == "all" else (table if table == STUDY else int(table),)
     return Request(
         tables=tuple(read_table(number, given.family) for number in numbers),
         seeds=tuple(dict.fromkeys(given.seeds)),

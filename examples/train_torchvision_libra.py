@@ -115,8 +115,8 @@ def train(config: Config, checkpoint: Checkpoint | None, precision: Precision, s
         while not run.is_over():
             if run.step < run.iterations:
                 loop.train_epoch()
-            evaluation = evaluate(loop, labels, f"{run.epoch:02}")
-            run.end_epoch(evaluation.row())
+            evaluation = evaluate(loop, labels, f"{run.epoch:02}") if run.is_evaluation_due() else None
+            run.end_epoch(evaluation.row() if evaluation else {})
             reports.add_epoch(evaluation)
     if run.history:
         distributed.say(next_steps(config, run.history, Path(__file__).parent, val_loader.dataset.split.image_dir))

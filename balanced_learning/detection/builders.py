@@ -106,6 +106,7 @@ def libra_fasterrcnn(
     weights_backbone: WeightsEnum | str | None = "IMAGENET1K_V1",
     trainable_backbone_layers: int | None = None,
     norm_layer: Callable[..., nn.Module] | None = None,
+    fpn_channels: int = 256,
     sampler: bool | Callable = True,
     pyramid: bool | nn.Module = True,
     box_loss: bool | nn.Module = True,
@@ -135,6 +136,7 @@ def libra_fasterrcnn(
         norm_layer (Callable, optional): makes the normalization layers of the backbone. By default ``BatchNorm2d``
             without weights, ``FrozenBatchNorm2d`` with them; as in mmdetection:
             :class:`~balanced_learning.detection.normalization.FrozenStatisticsBatchNorm2d`.
+        fpn_channels (int): channels of all levels of the pyramid.
         sampler, pyramid, box_loss, rpn, path_aggregation: see :func:`apply_libra`.
         anchors, roi_aligned, roi_sampling_ratio, rpn_allowed_border, rpn_max_negatives_per_positive, rpn_box_loss,
             init: what mmdetection does differently, see
@@ -151,7 +153,13 @@ def libra_fasterrcnn(
         >>> model = libra_fasterrcnn(backbone_name="resnet18", weights_backbone=None, num_classes=7)
     """
     backbone = backbone_by_name(
-        backbone_name, weights_backbone, progress, trainable_backbone_layers, norm_layer, finest_level=2
+        backbone_name,
+        weights_backbone,
+        progress,
+        trainable_backbone_layers,
+        norm_layer,
+        fpn_channels,
+        finest_level=2,
     )
     model = FasterRCNN(backbone, num_classes, **kwargs)
     apply_libra(model, sampler=sampler, pyramid=pyramid, box_loss=box_loss, rpn=rpn, path_aggregation=path_aggregation)
@@ -175,6 +183,7 @@ def libra_retinanet(
     weights_backbone: WeightsEnum | str | None = "IMAGENET1K_V1",
     trainable_backbone_layers: int | None = None,
     norm_layer: Callable[..., nn.Module] | None = None,
+    fpn_channels: int = 256,
     pyramid: bool | nn.Module = True,
     box_loss: bool | nn.Module = True,
     path_aggregation: bool | nn.Module = False,
@@ -188,8 +197,8 @@ def libra_retinanet(
     """Libra RetinaNet on P3 to P7 of any ResNet, ResNeXt or MobileNet of torchvision.
 
     Args:
-        backbone_name, progress, num_classes, weights_backbone, trainable_backbone_layers, norm_layer: see
-            :func:`libra_fasterrcnn`.
+        backbone_name, progress, num_classes, weights_backbone, trainable_backbone_layers, norm_layer, fpn_channels:
+            see :func:`libra_fasterrcnn`.
         pyramid, box_loss, path_aggregation: see :func:`apply_libra`.
         anchors, p6_from, p7_relu, loss_normalizer, init: what mmdetection does differently, see
             :func:`~balanced_learning.detection.conventions.apply_conventions`.
@@ -205,7 +214,13 @@ def libra_retinanet(
         >>> model = libra_retinanet(backbone_name="resnet18", weights_backbone=None, num_classes=7)
     """
     backbone = backbone_by_name(
-        backbone_name, weights_backbone, progress, trainable_backbone_layers, norm_layer, finest_level=3
+        backbone_name,
+        weights_backbone,
+        progress,
+        trainable_backbone_layers,
+        norm_layer,
+        fpn_channels,
+        finest_level=3,
     )
     model = RetinaNet(backbone, num_classes, **kwargs)
     apply_libra(model, pyramid=pyramid, box_loss=box_loss, path_aggregation=path_aggregation)

@@ -69,6 +69,24 @@ class ModelConfig:
         choices=list(PAPER_LR),
     )
     backbone: str = setting("resnet50", "any ResNet, ResNeXt or MobileNet of torchvision", binds=MODEL)
+    fpn_channels: int = setting(
+        256, "channels of the pyramid's levels; not of a --small detector", binds=MODEL, type=positive, metavar="N"
+    )
+    anchor_size: int = setting(
+        32,
+        "side of the finest level's anchors, in pixels, which doubles from level to level; RoIs are pooled from levels "
+        "accordingly. Not of a --small detector",
+        binds=MODEL,
+        type=positive,
+        metavar="PIXELS",
+    )
+    box_batch_size_per_image: int | None = setting(
+        None,
+        "boxes of an image that the second stage learns from, by default 512 (--small: 64)",
+        binds=COURSE,
+        type=positive,
+        metavar="N",
+    )
     sampler: bool = setting(True, "IoU-balanced sampling (Faster R-CNN)", binds=COURSE)
     pyramid: bool = setting(True, "balanced feature pyramid", binds=MODEL)
     path_aggregation: bool = setting(False, "bottom-up path of PAFPN behind the FPN's levels", binds=MODEL)
@@ -215,6 +233,7 @@ class TrainingConfig:
         1, "batches of a process that are added up to one step of the optimizer", type=positive, metavar="N"
     )
     epochs: int = setting(12, "passes over the data", type=positive, metavar="N")
+    eval_interval: int = setting(1, "evaluate after every Nth epoch, and after the last", type=positive, metavar="N")
     opt: str = setting("sgd", "optimizer", binds=COURSE, choices=["sgd", "sgd_nesterov", "adamw"])
     lr: float = setting(
         None,
@@ -248,7 +267,7 @@ class TrainingConfig:
         metavar="DECAY",
     )
     patience: int | None = setting(
-        None, "end after N epochs without a higher AP (an RPN: AR1000)", type=positive, metavar="N"
+        None, "end after N evaluated epochs without a higher AP (an RPN: AR1000)", type=positive, metavar="N"
     )
     max_skipped_steps: int = setting(
         10,

@@ -51,7 +51,7 @@ class Loop:
         progress = Progress(f"epoch {run.epoch}", run.config.run.print_freq, is_main=distributed.is_main())
         with closing(iter(self.train_loader)) as batches:
             images = images_per_step(run.config)
-            for batch in progress.over(batches, run.iterations, self._status, done=run.step, images=images):
+            for batch in progress.over(batches, run.iterations, self.stepper.status, done=run.step, images=images):
                 self.stepper(batch)
                 is_save_due = self._tell(batch.unreadable, save=self._is_late())
                 every = run.config.run.checkpoint_steps
@@ -124,8 +124,3 @@ class Loop:
             raise SharedError(
                 f"training diverged: more than --max-skipped-steps {limit} of epoch {run.epoch} are left out; {HINTS}"
             )
-
-    def _status(self) -> str:
-        self.stepper.finish()
-        losses = "  ".join(f"{name} {value:.4g}" for name, value in self.run.means().items())
-        return f"lr {self.run.lr():.4g}  {losses}"

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from balanced_learning.training import distributed
 from balanced_learning.training.checkpoint import Checkpoint
-from balanced_learning.training.config import Config
+from balanced_learning.training.config import Config, images_per_step
+from balanced_learning.training.data.coco import Split
 from balanced_learning.training.data.dataset import DetectionDataset
+from balanced_learning.training.data.labels import Labels
 from balanced_learning.training.data.proposals import ProposalFile
 from balanced_learning.training.data.splits import read_splits
 from balanced_learning.training.errors import UserError, printable
@@ -25,7 +27,7 @@ def detector_and_images(
 
     Returns:
         The detector in evaluation mode, on the device of the configuration, with the weights of the checkpoint if there
-        is one, and as many batches of images with their targets, or all there are, spread evenly over the data.
+        is one, and the images of :func:`images_to_measure`.
     """
     device = distributed.start(config.run.device, config.run.dist_url)
     train, _ = read_splits(config)
@@ -33,30 +35,40 @@ def detector_and_images(
     if checkpoint:
         checkpoint.check_data(train, iterations=None)
     detector = make_model(config, labels, checkpoint and checkpoint.averaged())
+    return detector.to(device).eval(), images_to_measure(config, train, labels, batches)
+
+
+def images_to_measure(config: Config, train: Split, labels: Labels, batches: int) -> DetectionDataset:
+    """As many batches of training images that have boxes, with their targets, spread evenly over the data; or all.
+
+    Raises:
+        UserError: if there is none.
+    """
     positions = train.has_boxes().nonzero()[0]
     if not len(positions):
         raise UserError(f"{train.json_file}: no image has a box")
     count = min(batches * config.training.batch_size, len(positions))
     spread = np.arange(count) * len(positions) // count
     data = config.data
-    dataset = DetectionDataset(
+    return DetectionDataset(
         train,
         labels.label_of,
         positions[spread],
         proposals=ProposalFile.open(data.proposals) if data.proposals else None,
         max_proposals=data.max_proposals,
     )
-    return detector.to(device).eval(), dataset
 
 
-def origin_of_weights(config: Config, checkpoint: Checkpoint | None) -> str:
+def origin_of_weights(config: Config, checkpoint: Checkpoint | None, warm_up_steps: int = 0) -> str:
     """Says how far the weights of a detector are trained, beside what is measured of it."""
     if checkpoint:
         position, epochs = checkpoint.position, checkpoint.config.training.epochs
         return f"weights of {printable(checkpoint.path)}, after {position.epoch} of {epochs} epochs"
-    if config.model.weights:
-        return f"weights of --weights {printable(config.model.weights)}, not trained on these images"
-    return "an untrained detector, whose errors say little"
+    start = f"weights of --weights {printable(config.model.weights)}" if config.model.weights else ""
+    if warm_up_steps:
+        images = warm_up_steps * images_per_step(config)
+        return f"{start or 'a detector'} after a warm-up of {warm_up_steps} steps, {images} images"
+    return f"{start}, not trained on these images" if start else "an untrained detector, whose errors say little"
 
 
 def batches_to_measure(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from balanced_learning import BalancedFeaturePyramid, BalancedL1Loss, IoUBalancedSampler
@@ -110,8 +111,8 @@ def _build(config: Config, num_classes: int) -> FasterRCNN | RetinaNet:
             detector = apply_libra(make(num_classes, **options), **parts)
         else:
             build = libra_retinanet if model.is_retinanet else libra_fasterrcnn
-            options |= parts | {"backbone_name": model.backbone, "weights_backbone": None}
-            detector = build(num_classes=num_classes, **_backbone_options(config), **options)
+            options |= parts | _backbone_options(config) | _anchor_options(model)
+            detector = build(num_classes=num_classes, **options)
     except ValueError as error:
         raise UserError(f"--backbone {model.backbone}: {error}") from None
     _tune_parts(detector, config)
@@ -129,7 +130,11 @@ def _torchvisions_options(config: Config) -> dict[str, Any]:
     limit = conventions.detections_per_image
     if model.is_retinanet:
         return options | ({} if limit is None else {"detections_per_img": limit})
-    options |= {"rpn_score_thresh": model.rpn_score_thresh, "box_detections_per_img": limit}
+    options |= {
+        "rpn_score_thresh": model.rpn_score_thresh,
+        "box_detections_per_img": limit,
+        "box_batch_size_per_image": model.box_batch_size_per_image,
+    }
     for when in ("pre_nms_top_n_train", "pre_nms_top_n_test", "post_nms_top_n_train", "post_nms_top_n_test"):
         options[f"rpn_{when}"] = getattr(conventions, f"rpn_{when}")
     return {name: value for name, value in options.items() if value is not None}
@@ -140,7 +145,8 @@ _NORMS = {"batch": nn.BatchNorm2d, "frozen": FrozenBatchNorm2d, "frozen_statisti
 
 def _backbone_options(config: Config) -> dict[str, Any]:
     model, norm = config.model, config.conventions.norm
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"backbone_name": model.backbone, "weights_backbone": None}
+    options["fpn_channels"] = model.fpn_channels
     if model.weights or model.weights_backbone:  # what torchvision's builders do to a backbone with weights
         options |= {"norm_layer": FrozenBatchNorm2d, "trainable_backbone_layers": 3}
     if norm:
@@ -148,6 +154,23 @@ def _backbone_options(config: Config) -> dict[str, Any]:
     if model.trainable_backbone_layers is not None:
         options["trainable_backbone_layers"] = model.trainable_backbone_layers
     return options
+
+
+def _anchor_options(model: ModelConfig) -> dict[str, Any]:
+    """Anchors of another size than torchvision's, on its five levels, and a pooler that takes boxes of their sizes."""
+    if model.anchor_size == ModelConfig.anchor_size:
+        return {}
+    sizes = [model.anchor_size * 2**level for level in range(5)]
+    ratios = [(0.5, 1.0, 2.0)] * len(sizes)
+    if model.is_retinanet:
+        octaves = [tuple(int(size * 2 ** (third / 3)) for third in range(3)) for size in sizes]
+        return {"anchor_generator": AnchorGenerator(octaves, ratios)}
+    return {
+        "rpn_anchor_generator": AnchorGenerator([(size,) for size in sizes], ratios),
+        "box_roi_pool": MultiScaleRoIAlign(
+            ["0", "1", "2", "3"], 7, sampling_ratio=2, canonical_scale=7 * model.anchor_size
+        ),
+    }
 
 
 def _box_loss(config: Config) -> nn.Module | bool:
@@ -159,9 +182,16 @@ def _box_loss(config: Config) -> nn.Module | bool:
     elif libra.beta is None and libra.box_loss_weight == 1:
         return False
     else:
-        beta = (0.0 if is_retinanet else 1 / 9) if libra.beta is None else libra.beta
-        loss = nn.SmoothL1Loss(reduction="sum", beta=beta)
+        loss = smooth_l1(config)
     return loss if libra.box_loss_weight == 1 else WeightedLoss(loss, libra.box_loss_weight)
+
+
+def smooth_l1(config: Config) -> nn.SmoothL1Loss:
+    """The box loss without balanced L1, and without its weight; by default torchvision's own."""
+    beta = config.libra.beta
+    if beta is None:
+        beta = 0.0 if config.model.is_retinanet else 1 / 9
+    return nn.SmoothL1Loss(reduction="sum", beta=beta)
 
 
 def _tune_parts(detector: Any, config: Config) -> None:

@@ -164,7 +164,10 @@ class Run:
         return training.lr * lr_factor(training, self.iterations, last_step)
 
     def end_epoch(self, metrics: dict[str, Any]) -> None:
-        """Ends the epoch with a row of its losses and of these metrics, and saves; the best so far twice."""
+        """Ends the epoch with a row of its losses and of these metrics, and saves; the best so far twice.
+
+        An epoch that was not evaluated has no metrics.
+        """
         total = _total(distributed.gather(self.sums))
         row: dict[str, Any] = {"epoch": self.epoch, **_means(total), "lr": self.lr()}
         if self.skipped_steps:
@@ -173,12 +176,17 @@ class Run:
         self.history.append(distributed.from_main(row | metrics))
         self.epoch, self.step = self.epoch + 1, 0
         self._start_epoch()
-        if self.epochs_since_best() == 0:
+        if metrics and self.epochs_since_best() == 0:
             self._save(BEST)
         self.save()
 
+    def is_evaluation_due(self) -> bool:
+        """Whether the epoch is to be evaluated when it is trained."""
+        training, done = self.config.training, self.epoch + 1
+        return done % training.eval_interval == 0 or done >= training.epochs
+
     def epochs_since_best(self) -> int | None:
-        """How many epochs ago the key metric was highest; None if there is none."""
+        """How many evaluated epochs ago the key metric was highest; None if there is none."""
         return epochs_since_best(self.history)
 
     def is_over(self) -> bool:
@@ -205,10 +213,10 @@ class Run:
 
 
 def epochs_since_best(history: list[dict[str, Any]]) -> int | None:
-    """How many epochs before the last row the key metric was highest; None if there is none."""
-    values = [(row.get(key_metric(row)), -i) for i, row in enumerate(history)]
-    known = [(value, i) for value, i in values if value is not None]
-    return len(history) - 1 + max(known)[1] if known else None
+    """How many evaluated epochs before the last of them the key metric was highest; None if there is none."""
+    values = [row[key_metric(row)] for row in history if key_metric(row) in row]
+    known = [(value, -i) for i, value in enumerate(values) if value is not None]
+    return len(values) - 1 + max(known)[1] if known else None
 
 
 def _means(total: dict[str, float]) -> dict[str, float]:

@@ -23,7 +23,8 @@ RATIOS = (0.5, 1.0, 2.0)
 
 def small_fasterrcnn(num_classes: int, **options: Any) -> FasterRCNN:
     """A Faster R-CNN with levels of strides 4 to 32, small anchors, few proposals and 64 boxes to learn from."""
-    proposals = {
+    few = {
+        "box_batch_size_per_image": 64,
         "rpn_pre_nms_top_n_train": 200,
         "rpn_pre_nms_top_n_test": 200,
         "rpn_post_nms_top_n_train": 100,
@@ -35,8 +36,7 @@ def small_fasterrcnn(num_classes: int, **options: Any) -> FasterRCNN:
         box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], ROI_SIZE, sampling_ratio=2, canonical_scale=112),
         box_head=TwoMLPHead(LEVEL_CHANNELS * ROI_SIZE**2, HEAD_CHANNELS),
         box_predictor=FastRCNNPredictor(HEAD_CHANNELS, num_classes),
-        box_batch_size_per_image=64,
-        **(proposals | options),
+        **(few | options),
     )
     return detector.to(memory_format=torch.channels_last)  # which CPUs convolve faster
 

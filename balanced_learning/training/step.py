@@ -88,6 +88,12 @@ class Stepper:
         self._settle_average()
         return is_taken
 
+    def status(self) -> str:
+        """The learning rate and the mean losses of the epoch so far, in words; waits for the last step."""
+        self.finish()
+        losses = "  ".join(f"{name} {value:.4g}" for name, value in self.run.means().items())
+        return f"lr {self.run.lr():.4g}  {losses}"
+
     def _settle_average(self) -> None:
         """Gives the average the statistics of batch norm, of which it follows the weights alone."""
         if self.run.ema is not None:

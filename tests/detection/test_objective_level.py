@@ -161,6 +161,7 @@ def test_balanced_l1_is_compared_at_the_same_beta(build, images, targets):
     assert (result.inliers, result.of_total) == pytest.approx((0.75, 1.5 / 2.5))
     inlier = 0.5 * math.log((math.exp(3) - 1) * 0.1 / 0.2 + 1)
     assert result.of_total_balanced == pytest.approx(3 * inlier / (3 * inlier + 1.5))
+    assert result.growth == pytest.approx((3 * inlier + 1.5) / 2.5)
 
 
 def test_batches_count_by_their_images(build, images, targets):
@@ -185,7 +186,7 @@ def test_of_nothing_little_is_known(build, images, targets, empty_targets, parts
     for result in (measure(model, images, empty_targets), meter.result()):
         assert result.positives == 0
         shares = (result.inliers, result.of_total, result.of_sample, result.to_outlier, result.of_total_balanced)
-        assert all(map(math.isnan, (*shares, result.box_loss, result.class_loss, result.ratio)))
+        assert all(map(math.isnan, (*shares, result.box_loss, result.class_loss, result.ratio, result.growth)))
     for batch in (empty_targets, targets):
         meter.add(images, [{**target, "proposals": torch.zeros(0, 4)} for target in batch])
     assert repr(meter.result()) == repr(measure(model, images, targets))  # a batch without boxes adds nothing

@@ -1,4 +1,4 @@
-"""All six tables in little on real images; and a program that is killed in the middle of one."""
+"""All six tables and the study in little on real images; and a program that is killed in the middle of one."""
 
 import json
 import os
@@ -43,6 +43,23 @@ def test_all_tables_end_with_numbers_in_every_row(real_data, tmp_path, monkeypat
             assert all(0 <= value <= 100 for value in run["values"].values() if value is not None)
     monkeypatch.setattr(reproducing, "run_job", lambda job, _: pytest.fail(f"{job.title} was finished"))
     reproduce.main(given)
+
+
+@pytest.mark.slow
+def test_the_study_ends_with_numbers_in_every_row(real_data, tmp_path, monkeypatch):
+    """With its own detector, from scratch."""
+    monkeypatch.setattr(reproducing, "run_job", train_here)
+    monkeypatch.setattr(train_torchvision_libra, "save_evaluation", lambda *_: None)
+    monkeypatch.setattr(reports, "save_curves", lambda *_: None)
+    given = ["--table", "study", "--data-path", f"{real_data('bccd')}", "--output-dir", f"{tmp_path}", "--"]
+    reproduce.main([*given, "--weights-backbone", "none", "--epochs", "1", "--limit", "4", "--device", "cpu"])
+    table = json.loads((tmp_path / "table_study.json").read_text())
+    assert table["images"] == {"train": 4, "val": 4}
+    assert len(table["rows"]) == 10
+    for row in table["rows"]:
+        assert row["runs"]["0"]["status"] == "finished"
+        assert 0 <= row["mean"]["AP"] <= 100
+        assert row["difference"] is None or row["difference"]["AP"]["seeds"] == [0]
 
 
 @pytest.mark.slow

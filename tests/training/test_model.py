@@ -61,11 +61,52 @@ def test_the_rpn_keeps_smooth_l1_without_balanced_l1_whatever_the_loss_of_the_se
         (["--rpn-score-thresh", 0.25], "rpn.score_thresh", 0.25),
         (["--detections-per-image", 7], "roi_heads.detections_per_img", 7),
         (["--detections-per-image", 7, "--model", "libra_retinanet"], "detections_per_img", 7),
+        (["--box-batch-size-per-image", 32], "roi_heads.fg_bg_sampler.batch_size_per_image", 32),
+        (["--box-batch-size-per-image", 32, "--no-sampler"], "roi_heads.fg_bg_sampler.batch_size_per_image", 32),
+        ([], "roi_heads.fg_bg_sampler.batch_size_per_image", 64),
     ],
 )
 def test_a_setting_reaches_its_part_of_the_detector(flags, part, expected):
     detector = build_model(config_of("--data-path", "-", "--small", *flags), 3)
     assert attrgetter(part)(detector) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "part", "expected"),
+    [
+        ([], "rpn.anchor_generator.sizes", tuple((size,) for size in (32, 64, 128, 256, 512))),
+        (["--anchor-size", 8], "rpn.anchor_generator.sizes", [(8,), (16,), (32,), (64,), (128,)]),
+        (["--model", "libra_retinanet", "--anchor-size", 10], "anchor_generator.sizes.2", (40, 50, 63)),
+        (["--model", "libra_retinanet"], "anchor_generator.sizes.2", (128, 161, 203)),
+        (["--anchor-size", 8], "roi_heads.box_roi_pool.canonical_scale", 56),
+        (["--anchor-size", 8], "roi_heads.box_roi_pool.output_size", (7, 7)),
+        ([], "roi_heads.box_roi_pool.canonical_scale", 224),
+        ([], "roi_heads.fg_bg_sampler.batch_size_per_image", 512),
+        (["--fpn-channels", 48], "backbone.bfp.in_channels", 48),
+        (["--fpn-channels", 48], "roi_heads.box_head.fc6.in_features", 48 * 7 * 7),
+        (["--model", "libra_retinanet", "--fpn-channels", 48], "backbone.fpn.extra_blocks.p7.out_channels", 48),
+        (["--backbone", "mobilenet_v2", "--fpn-channels", 48], "backbone.out_channels", 48),
+    ],
+)
+def test_a_setting_reaches_its_part_of_a_detector_of_torchvision(flags, part, expected):
+    with torch.device("meta"):
+        found = build_model(config_of("--data-path", "-", "--backbone", "resnet18", *flags), 3)
+    for name in part.split("."):
+        found = found[int(name)] if name.isdigit() else getattr(found, name)
+    assert found == expected
+
+
+@pytest.mark.parametrize("side", [8, 13, 20, 31])
+def test_small_anchors_are_for_small_boxes(side):
+    """A box of half the size has the anchors, and is pooled from the level, that the whole one has by default."""
+    boxes = [torch.tensor([[0.0, 0, side, side]])]
+    levels, shapes = [], []
+    for flags, factor in (([], 4), (["--anchor-size", 8], 1)):
+        detector = build_model(config_of("--data-path", "-", "--backbone", "resnet18", *flags), 3)
+        levels.append(detector.roi_heads.box_roi_pool.map_levels([boxes[0] * factor]))
+        shapes.append(torch.cat([cell / factor for cell in detector.rpn.anchor_generator.cell_anchors]))
+    assert torch.equal(*levels)
+    assert torch.allclose(*shapes, atol=0.5)  # torchvision rounds them to pixels
 
 
 @pytest.mark.parametrize(

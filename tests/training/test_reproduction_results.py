@@ -148,6 +148,23 @@ def test_a_table_says_what_is_not_as_in_the_paper(written):
     assert not any("images" in note and "COCO's" in note for note in of_coco["notes"])
 
 
+def test_a_table_of_which_nothing_is_published_shows_what_is_measured(tmp_path):
+    request = request_of(tmp_path, "study", seeds=(0, 1))
+    plan = make_plan(request)
+    for cell, job in plan.cells.items():
+        if cell.row in ("plain", "libra"):
+            finish(job, AP=0.3 + 0.01 * cell.seed + 0.02 * (cell.row == "libra"), AP50=0.6)
+    text = write_table(request, request.tables[0], plan, Images(4, 3), None, {})
+    assert text.startswith("# The parts of Libra R-CNN")
+    assert "\nMeasured on val2017, in percent: mean +- sample standard deviation of seeds 0, 1.\n" in text
+    assert cells_of(text, "all three parts") == [
+        ["all three parts (`libra`)", "2", "32.5 +- 0.7", "60.0 +- 0.0", *["-"] * 4],
+        ["all three parts", "`plain`", "2", "+2.0", "+0.0", *["-"] * 4],
+    ]
+    assert "published" not in text.lower()
+    assert "paper" not in text
+
+
 def test_options_that_change_no_result_are_no_other_settings(tmp_path):
     request = replace(request_of(tmp_path), options=("--accumulation-steps", "4", "-j", "0"))
     (tmp_path / "out").mkdir()

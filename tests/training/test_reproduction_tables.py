@@ -130,6 +130,31 @@ def test_modern_tables_have_one_published_number_a_row():
 def test_files_of_a_family_do_not_take_the_place_of_those_of_the_other():
     stems = [read_table(number, family).stem for family, numbers in NUMBERS.items() for number in numbers]
     assert stems == [*(f"table_{number}" for number in range(1, 7)), "table_1_modern", "table_3_modern"]
+    assert read_table("study").stem == "table_study"
+
+
+def test_rows_of_the_study_differ_in_what_they_say():
+    """Its detectors differ in their parts and in their box loss alone."""
+    table = read_table("study")
+    base = Recipe.read("study/base").settings
+    own = {row.name: Recipe.read(row.recipe).settings.items() - base.items() for row in table.rows}
+    assert {name: dict(settings) for name, settings in own.items()} == {
+        "plain": {},
+        "sampler": {"sampler": True},
+        "pyramid": {"pyramid": True},
+        "balanced_l1": {"box_loss": True},
+        "sampler_pyramid": {"sampler": True, "pyramid": True},
+        "libra": {"sampler": True, "pyramid": True, "box_loss": True},
+        "plain_beta_1": {"beta": 1.0},
+        "smooth_l1_w1.5": {"beta": 1.0, "box_loss_weight": 1.5},
+        "smooth_l1_w2": {"beta": 1.0, "box_loss_weight": 2.0},
+        "l1": {"beta": 0.0},
+    }
+    assert not any(base[part] for part in ("sampler", "pyramid", "box_loss"))
+    assert [row.baseline for row in table.rows] == [None, *["plain"] * 9]
+    assert not any(row.published for row in table.rows)
+    with pytest.raises(UserError, match="--table study: of the modern family there are 1 and 3 alone"):
+        read_table("study", "modern")
 
 
 def test_a_row_has_the_note_of_its_recipe():
@@ -138,7 +163,10 @@ def test_a_row_has_the_note_of_its_recipe():
     assert not rows["faster_rcnn_r50_1x"]
 
 
-@pytest.mark.parametrize(("number", "family"), [(n, family) for family, numbers in NUMBERS.items() for n in numbers])
+@pytest.mark.parametrize(
+    ("number", "family"),
+    [*((n, family) for family, numbers in NUMBERS.items() for n in numbers), ("study", "paper")],
+)
 def test_rows_can_be_named_on_a_command_line(number, family):
     rows = read_table(number, family).rows
     names = [row.name for row in rows]

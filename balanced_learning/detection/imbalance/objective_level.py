@@ -139,6 +139,7 @@ class ObjectiveLevel:
     box_loss: float  # of the second stage (RetinaNet: of its only one), with the model's own loss; mean of the images
     class_loss: float
     ratio: float  # of the box loss to the classification loss
+    growth: float  # of the gradient of all coordinates, were the loss that balanced L1 loss: its multiple
 
 
 class ObjectiveMeter:
@@ -174,12 +175,14 @@ class ObjectiveMeter:
         """Of all batches so far."""
         errors = torch.cat(self._errors)
         class_loss, box_loss = (self._losses / self._num_images).tolist()
-        balanced = gradient_shares(errors, BalancedL1Loss(beta=self.beta), beta=self.beta)
+        balanced = BalancedL1Loss(beta=self.beta)
+        size, balanced_size = (gradients(errors, loss).abs().sum() for loss in (self.loss, balanced))
         return ObjectiveLevel(
             len(errors),
             *gradient_shares(errors, self.loss, beta=self.beta),
-            of_total_balanced=balanced.of_total,
+            of_total_balanced=gradient_shares(errors, balanced, beta=self.beta).of_total,
             box_loss=box_loss,
             class_loss=class_loss,
             ratio=box_loss / class_loss if class_loss else math.nan,
+            growth=(balanced_size / size).item(),
         )

@@ -37,10 +37,10 @@ def save_curves(path: Path, rows: list[dict[str, Any]]) -> None:
         values = [row.get(name, math.nan) for row in rows]
         style = {"color": "black", "linewidth": 2.5} if name == "loss" else {}
         losses.plot(epochs, values, label="loss, the sum" if name == "loss" else name, marker=".", **style)
-    of_proposals = "AR1000" in rows[-1]
+    of_proposals = any("AR1000" in row for row in rows)
     for name in ("AR100", "AR300", "AR1000") if of_proposals else ("AP", "AP50", "AP75"):
-        values = [row.get(name) for row in rows]
-        precision.plot(epochs, [math.nan if v is None else 100 * v for v in values], label=name, marker=".")
+        known = {row["epoch"]: 100 * row[name] for row in rows if row.get(name) is not None}
+        precision.plot(list(known), list(known.values()), label=name, marker=".")
     losses.set(xlabel="epoch", ylabel="loss, mean of the epoch", yscale="log")
     losses.yaxis.set_major_formatter("{x:g}")
     precision.set(xlabel="epoch", ylabel=f"average {'recall' if of_proposals else 'precision'} in %", ylim=(0, None))
@@ -49,7 +49,7 @@ def save_curves(path: Path, rows: list[dict[str, Any]]) -> None:
         axis.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
         axis.grid(alpha=0.3)
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    _save(figure, path, dpi=120, save=write_or_warn)
+    save_figure(figure, path, dpi=120, save=write_or_warn)
 
 
 def save_losses(path: Path, rows: list[dict[str, nn.Module]], beta: float) -> None:
@@ -71,7 +71,7 @@ def save_losses(path: Path, rows: list[dict[str, nn.Module]], beta: float) -> No
         value.legend(*gradient.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     for axis, title in zip(axes[0], ("(a) gradient", "(b) loss"), strict=True):
         axis.set_title(title)
-    _save(figure, path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def draw_losses(
@@ -101,6 +101,13 @@ def save_iou_shares(path: Path, shares: dict[str, Tensor], edges: Tensor, bins: 
         bins: the edges of the sampler's bins, which are among them. [K + 1]
     """
     figure, axis = plt.subplots(figsize=(11, 4.5), layout="constrained")
+    draw_iou_shares(axis, shares, edges, bins)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, title="negatives")
+    save_figure(figure, path, dpi=120)
+
+
+def draw_iou_shares(axis: plt.Axes, shares: dict[str, Tensor], edges: Tensor, bins: list[float]) -> None:
+    """Draws what :func:`save_iou_shares` does into an axis, without its legend."""
     widths = edges.diff() / (len(shares) + 1)
     for i, ((name, share), color) in enumerate(zip(shares.items(), GROUP_COLORS, strict=False)):
         left = edges[:-1] + (i + 0.5) * widths
@@ -111,8 +118,6 @@ def save_iou_shares(path: Path, shares: dict[str, Tensor], edges: Tensor, bins: 
         axis.text((low + high) / 2, 1.01, f"bin {number}", transform=axis.get_xaxis_transform(), ha="center")
     axis.set(xlabel="IoU with the nearest ground truth", ylabel="share of the negatives in %", xlim=(0, bins[-1]))
     axis.set_xticks(edges.tolist(), [f"{edge:.2f}" for edge in edges.tolist()])
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, title="negatives")
-    _save(figure, path, dpi=120)
 
 
 def save_sampled_boxes(
@@ -159,10 +164,10 @@ def save_sampled_boxes(
         label="IoU with the nearest ground truth (white)",
         shrink=0.6,
     )
-    _save(figure, path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
-def _save(figure: Figure, path: Path, dpi: int, save: Callable[[Path, Write], None] = write_whole) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int, save: Callable[[Path, Write], None] = write_whole) -> None:
     """Writes a figure as PNG, and lets go of it."""
     try:
         save(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
@@ -222,7 +227,7 @@ def save_pyramid(
     ):
         for axis, title in zip(line, titles, strict=True):
             axis.set_title(title, size=10)
-    _save(figure, path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def _plot_row(axes: Any, heats: list[Tensor], extent: tuple[float, float, float, float]) -> None:

@@ -38,9 +38,10 @@ class Reports:
         if self.run.history:
             save_curves(self.run.folder / "curves.png", self.run.history)
 
-    def add_epoch(self, evaluation: Evaluation) -> None:
-        """Reports on the epoch that has just ended."""
-        distributed.say(report(evaluation) if self.run.is_over() else summary(evaluation))
+    def add_epoch(self, evaluation: Evaluation | None) -> None:
+        """Reports on the epoch that has just ended, and on its evaluation, if there was one."""
+        if evaluation:
+            distributed.say(report(evaluation) if self.run.is_over() else summary(evaluation))
         distributed.in_main(self._write_history)
         if self.tensorboard:
             row = self.run.history[-1]

@@ -18,7 +18,7 @@ from balanced_learning.training.run import epochs_since_best
 FREE = {
     *("device", "workers", "max_unreadable", "strict_data", "max_skipped_steps", "output_dir", "resume", "dist_url"),
     *("checkpoint_steps", "checkpoint_minutes", "print_freq", "tensorboard", "coco_backend", "dump_proposals"),
-    *("channels_last", "compile", "use_deterministic_algorithms", "batch_size", "accumulation_steps"),
+    *("eval_interval", "channels_last", "compile", "use_deterministic_algorithms", "batch_size", "accumulation_steps"),
 }
 _COUNTS = ("epochs", "batch_size", "accumulation_steps", "world_size")
 _PATHS = ("data_path", "proposals")

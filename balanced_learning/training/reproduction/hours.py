@@ -1,5 +1,6 @@
 """How long runs take: from the number of images, and a throughput that is told or measured."""
 
+import math
 import time
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
@@ -26,7 +27,17 @@ ASPECT_RATIO = 4 / 3
 # What the time of a step depends on. Losses and samplers cost too little to be measured one by one.
 _COSTLY = {
     *("model", "backbone", "pyramid", "path_aggregation", "refine", "small", "min_size", "max_size", "norm"),
-    *("trainable_backbone_layers", "batch_size", "accumulation_steps", "amp", "channels_last", "compile"),
+    *(
+        "fpn_channels",
+        "anchor_size",
+        "box_batch_size_per_image",
+        "trainable_backbone_layers",
+        "batch_size",
+        "accumulation_steps",
+        "amp",
+        "channels_last",
+        "compile",
+    ),
 }
 
 
@@ -76,8 +87,10 @@ def estimate_hours(job: Job, images: Images, throughput: Throughput) -> float:
     if limit:
         train, val = min(train, limit * job.images_per_step), min(val, limit * job.processes)
     rows = read_rows(job.folder)
-    epochs = job.config.training.epochs - (rows[-1]["epoch"] + 1 if rows else 0)
-    return max(0, epochs) * (train / throughput.training + val / throughput.evaluation) / 3600
+    training = job.config.training
+    epochs = max(0, training.epochs - (rows[-1]["epoch"] + 1 if rows else 0))
+    evaluations = math.ceil(epochs / training.eval_interval)
+    return (epochs * train / throughput.training + evaluations * val / throughput.evaluation) / 3600
 
 
 class Measured:

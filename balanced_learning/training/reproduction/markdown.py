@@ -17,19 +17,22 @@ def as_markdown(table: dict[str, Any]) -> str:
             row["label"],
             f"`{row['baseline']}`",
             f"{len(row['difference'][metrics[0]]['seeds'])}",
-            *(_difference(row["difference"][metric]) for metric in metrics),
+            *(_difference(row["difference"][metric], bool(row["published"])) for metric in metrics),
         ]
         for row in table["rows"]
         if row["difference"]
     ]
-    family = "" if table["family"] == "paper" else f" ({table['family']})"
+    is_published = any(row["published"] for row in table["rows"])
+    number = {"paper": f"Table {table['table']}: ", "modern": f"Table {table['table']} (modern): "}
+    measured = f"Published on {table['split']} / measured here" if is_published else f"Measured on {table['split']}"
     parts = [
-        f"# Table {table['table']}{family}: {table['title']}",
-        f"Published on {table['split']} / measured here, in percent{_of_seeds(seeds)}",
+        f"# {number.get(table['family'], '')}{table['title']}",
+        f"{measured}, in percent{_of_seeds(seeds)}",
         _grid(values),
     ]
     if len(differences) > 1:
-        caption = "Differences to the baseline: published / measured [95 % interval of the mean over paired seeds]."
+        what = "published / measured" if is_published else "mean"
+        caption = f"Differences to the baseline: {what} [95 % interval of the mean over paired seeds]."
         parts += [caption, _grid(differences)]
     images = table["images"]
     made = f"Data: {table['data']}, {images['train']:,} images to train on, {images['val']:,} to evaluate."
@@ -54,14 +57,14 @@ def _status(row: dict[str, Any]) -> str:
 
 
 def _value(row: dict[str, Any], metric: str) -> str:
-    published = row["published"].get(metric)
-    return f"{_number(published)} / {_number(row['mean'][metric])}" + (
-        "" if row["std"][metric] is None else f" +- {row['std'][metric]:.1f}"
-    )
+    published = f"{_number(row['published'].get(metric))} / " if row["published"] else ""
+    std = row["std"][metric]
+    return f"{published}{_number(row['mean'][metric])}" + ("" if std is None else f" +- {std:.1f}")
 
 
-def _difference(difference: dict[str, Any]) -> str:
-    text = f"{_number(difference['published'], '+')} / {_number(difference['mean'], '+')}"
+def _difference(difference: dict[str, Any], is_published: bool) -> str:
+    published = f"{_number(difference['published'], '+')} / " if is_published else ""
+    text = f"{published}{_number(difference['mean'], '+')}"
     interval = difference["interval"]
     return f"{text} [{interval[0]:+.1f}, {interval[1]:+.1f}]" if interval else text
 

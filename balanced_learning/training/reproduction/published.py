@@ -15,6 +15,7 @@ from balanced_learning.training.errors import UserError
 from balanced_learning.training.recipe import Recipe
 
 NUMBERS = {"paper": (1, 2, 3, 4, 5, 6), "modern": (1, 3)}  # of the tables, by family of recipes
+STUDY = "study"  # the table, and its family: each part alone, on any data, of which nothing is published
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Row:
         name: without spaces, for the command line.
         label: as in the table.
         recipe: what it trains.
-        published: by metric, in percent.
+        published: by metric, in percent; of the study there is nothing.
         baseline: the row that it is compared with, if any.
         takes_proposals: whether its detector is the second stage alone.
         note: that of the recipe, if any.
@@ -45,16 +46,16 @@ class Table:
     """A table.
 
     Attributes:
-        number: in the paper.
-        family: of recipes, ``"paper"`` or ``"modern"``.
+        number: in the paper, or ``"study"``.
+        family: of recipes, ``"paper"``, ``"modern"`` or ``"study"``.
         title: what it is about.
-        split: of COCO, that the published numbers are of.
+        split: of the data, that the published numbers are of.
         metrics: that are measured, named as in ``metrics.jsonl``.
         notes: what is not as in the paper.
         rows: from the top.
     """
 
-    number: int
+    number: int | str
     family: str
     title: str
     split: str
@@ -65,19 +66,22 @@ class Table:
     @property
     def stem(self) -> str:
         """The name of its files, without their endings."""
-        return f"table_{self.number}" + ("" if self.family == "paper" else f"_{self.family}")
+        return f"table_{self.number}" + (f"_{self.family}" if self.family == "modern" else "")
 
 
-def read_table(number: int, family: str = "paper") -> Table:
-    """Reads a table.
+def read_table(number: int | str, family: str = "paper") -> Table:
+    """Reads a table of a family of recipes by its number in the paper, or the study.
 
     Raises:
         UserError: for one that the family does not have.
     """
-    if number not in NUMBERS[family]:
+    stem = f"{family}_{number}"
+    if number == STUDY and family == "paper":  # by default
+        family = stem = STUDY
+    elif number not in NUMBERS[family]:
         has = " and ".join(map(str, NUMBERS[family]))
         raise UserError(f"--table {number}: of the {family} family there are {has} alone")
-    file = resources.files("balanced_learning.training.reproduction") / "tables" / f"{family}_{number}.toml"
+    file = resources.files("balanced_learning.training.reproduction") / "tables" / f"{stem}.toml"
     content = tomllib.loads(file.read_text(encoding="utf-8"))
     metrics, notes = tuple(content["metrics"]), tuple(content["notes"])
     published = content.get("published_metrics", metrics)
@@ -91,7 +95,7 @@ def _read_row(row: dict[str, Any], metrics: Sequence[str]) -> Row:
         name=row["name"],
         label=row["label"],
         recipe=row["recipe"],
-        published=dict(zip(metrics, row["published"], strict=True)),
+        published=dict(zip(metrics, row["published"], strict=True)) if "published" in row else {},
         baseline=row.get("baseline"),
         takes_proposals=recipe.settings.get("model") == "libra_fastrcnn",
         note=recipe.note,

@@ -28,7 +28,7 @@ class Reproduction:
         self.request = request
         self.plan = plan
         self.images = images
-        self.commit = _find_commit(request.program.parent)
+        self.commit = find_commit(request.program.parent)
         self.failures: dict[Job, str] = {}
 
     def run(self, signals: StopSignals) -> None:
@@ -72,7 +72,7 @@ class Reproduction:
         return [write_table(self.request, table, *rest) for table in self.request.tables]
 
 
-def _find_commit(folder: Path) -> str | None:
+def find_commit(folder: Path) -> str | None:
     """The commit that a folder is a checkout of, with what is told of changes to it; None if it is none."""
     command = ["git", "-C", f"{folder}", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:

@@ -142,6 +142,7 @@ def _recipe_notes(table: Table) -> list[str]:
 
 def _notes(request: Request, table: Table, plan: Plan, images: Images) -> list[str]:
     notes = []
+    few = [f"Differences have an interval from {FEWEST} seeds on."] if len(request.seeds) < FEWEST else []
     if any(row.takes_proposals for row in table.rows):
         source = request.proposals or "the RPN trained here"
         notes.append(
@@ -152,6 +153,8 @@ def _notes(request: Request, table: Table, plan: Plan, images: Images) -> list[s
         is_other = not FREE.issuperset(given_settings(request.options))
         end = ": not with the settings of the recipes." if is_other else "."
         notes.append(f"Trained with {shlex.join(request.options)}{end}")
+    if not any(row.published for row in table.rows):
+        return notes + few
     step = plan.cells[Cell(table.stem, table.rows[0].name, request.seeds[0])].images_per_step
     if step != PAPER_IMAGES:
         notes.append(f"A step has {step} images, not {PAPER_IMAGES} as in the paper.")
@@ -160,9 +163,7 @@ def _notes(request: Request, table: Table, plan: Plan, images: Images) -> list[s
             f"Trained on {images.train:,} images and evaluated on {images.val:,}, not on COCO's {COCO.train:,} and "
             f"{COCO.val:,}: published and measured numbers are not of the same thing."
         )
-    if len(request.seeds) < FEWEST:
-        notes.append(f"Differences have an interval from {FEWEST} seeds on.")
-    return notes
+    return notes + few
 
 
 def _device(settings: dict[str, Any]) -> str:

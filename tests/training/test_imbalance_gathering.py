@@ -1,0 +1,56 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from balanced_learning import IoUBalancedSampler
+from balanced_learning.detection import apply_libra
+from balanced_learning.training.config import Config
+from balanced_learning.training.evaluation import ErrorKind, Evaluation
+from balanced_learning.training.imbalance import gathering
+from balanced_learning.training.imbalance.advice import advise
+from balanced_learning.training.imbalance.gathering import finite
+from balanced_learning.training.imbalance.text import blocks
+from balanced_learning.training.small import small_fasterrcnn
+from balanced_learning.training.tide import KINDS
+from tests.training.imbalance_data import feature_level, measurements, objective_level, sample_level
+
+
+def test_what_is_not_finite_is_null():
+    value = {"a": [1, math.nan, (math.inf, 2.5)], "b": torch.tensor([[0.5, math.nan]]), "c": "text", "d": None}
+    assert finite(value) == {"a": [1, None, [None, 2.5]], "b": [[0.5, None]], "c": "text", "d": None}
+
+
+def test_measurements_without_numbers_are_written_and_told():
+    nan = math.nan
+    nothing = measurements(
+        sample=sample_level(changed=nan, few_candidates=nan, empty_bins=[nan, nan]),
+        feature=replace(feature_level([[nan, nan], [nan, nan]], nan, nan), boxes=[nan, nan]),
+        objective=objective_level(**{name: nan for name in vars(objective_level()) if name != "positives"}),
+        evaluation=Evaluation({"AP50": None, "AP75": None}, {kind: ErrorKind(0, None) for kind in KINDS}, []),
+    )
+    plain = nothing.plain()
+    json.dumps(plain, allow_nan=False)
+    assert plain["objective"]["difference"] is plain["objective"]["localisation"]["share"] is None
+    assert plain["feature"]["likeness_before"] == [[1.0, None], [None, 1.0]]
+    assert "nan" not in blocks(nothing, advise(nothing, Config.of({}))).lower()
+
+
+def test_what_ap_is_lost_to_localisation():
+    plain = measurements().plain()["objective"]
+    assert plain["difference"] == pytest.approx(0.28)
+    assert plain["localisation"] == {"dAP50": 0.1, "share": pytest.approx(0.5)}  # of 0.2 in all
+    assert plain["errors"].keys() == set(KINDS)
+
+
+def test_a_plain_detector_is_compared_with_the_sampler_that_it_would_have():
+    config = Config.of({"num_bins": 4, "instance_balanced": False, "sampler": False})
+    stock = small_fasterrcnn(3)
+    would_have = gathering._balanced_sampler(config, stock)
+    assert would_have == replace(
+        apply_libra(small_fasterrcnn(3)).roi_heads.fg_bg_sampler, num_bins=4, instance_balanced=False
+    )
+    balanced = apply_libra(small_fasterrcnn(3), sampler=IoUBalancedSampler(64, 0.25, num_bins=5))
+    assert gathering._balanced_sampler(config, balanced) is balanced.roi_heads.fg_bg_sampler
