@@ -51,7 +51,7 @@ def state(model: nn.Module) -> dict[str, object]:
         "poolers": [
             (module.scales, module.map_levels) for module in model.modules() if isinstance(module, MultiScaleRoIAlign)
         ],
-        "matchers": {key: value for key, value in vars(model).items() if not key.startswith("_")},
+        "attributes": {key: value for key, value in vars(model).items() if not key.startswith("_")},
     }
 
 
