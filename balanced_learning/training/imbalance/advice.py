@@ -103,7 +103,7 @@ def advise_pyramid(level: FeatureLevel, config: Config) -> Advice:
     before, after = likeness(level.likeness_before), likeness(level.likeness_after)
     strength = _least(after - before) if is_on else _least(uneven, 1 - before)
     verdict = _verdict(strength)
-    uses = f"to use all maps of the backbone alike, objects would have to take {percent(uneven)} from others"
+    uses = f"for all maps of the backbone to count alike, {percent(uneven)} of what detections use would be from others"
     if math.isnan(uneven) or math.isnan(before):
         sentence = "Not measured: there is no object to follow, or only one level."
     elif is_on:
@@ -119,7 +119,7 @@ def advise_pyramid(level: FeatureLevel, config: Config) -> Advice:
 def unevenness(level: FeatureLevel) -> float:
     """The share of what detections use that would have to come from other maps of the backbone, to use all alike."""
     rows, num_maps = level.contribution.tolist(), level.contribution.shape[1]
-    known = [(boxes, row) for boxes, row in zip(level.boxes, rows, strict=True) if boxes > 0 and not math.isnan(row[0])]
+    known = [(boxes, row) for boxes, row in zip(level.boxes, rows, strict=True) if not math.isnan(row[0])]
     moved = math.fsum(boxes * sum(max(0.0, share - 1 / num_maps) for share in row) for boxes, row in known)
     return moved / math.fsum(boxes for boxes, _ in known) if known else math.nan
 
