@@ -88,12 +88,14 @@ def peak_memory(function: Callable[[], Any], device: str) -> int:
     return peak
 
 
-def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """Rows with the same keys as a table."""
+def markdown(rows: Sequence[dict[str, str]], words: int = 0) -> str:
+    """Rows with the same keys as a table, whose first columns hold words, and the others numbers."""
     cells = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    lines = (" | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    cells.insert(1, ["-" * width if i < words else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
+    lines = (
+        " | ".join(f"{cell:{'<' if i < words else '>'}{widths[i]}}" for i, cell in enumerate(line)) for line in cells
+    )
     return "\n".join(f"| {line} |" for line in lines)
 
 

@@ -1,4 +1,4 @@
-"""Draws the pictures of the component pages.
+"""Draws the pictures of the component pages. Those of the study are benchmarks/study.py's.
 
     python docs/pictures.py                 # writes docs/images/*.svg
 
@@ -16,13 +16,14 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.ops import box_iou
 
 from balanced_learning import BalancedL1Loss, IoUBalancedSampler, use_kernels
+from balanced_learning.training.files import write_whole
 from balanced_learning.training.reporting.figures import draw_losses
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 OURS, STOCK, INK = "#c2410c", "#94a3b8", "#1e293b"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "text.color": INK,
     "axes.edgecolor": INK,
@@ -192,14 +193,18 @@ def draw_detectors() -> plt.Figure:
     return scheme.figure
 
 
+def save(figure: plt.Figure, file: Path) -> None:
+    """Writes a figure as the same SVG every time, and lets go of it."""
+    write_whole(file, lambda binary: figure.savefig(binary, format="svg", metadata={"Date": None, "Creator": None}))
+    plt.close(figure)
+
+
 def main(folder: Path) -> None:
     torch.manual_seed(0)
     with mpl.rc_context(STYLE), use_kernels(False):  # so that the samples are the same on every machine
         for draw in (draw_balanced_l1, draw_sampling, draw_pyramid, draw_path_aggregation, draw_detectors):
             name = draw.__name__.removeprefix("draw_")
-            figure = draw()
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
-            plt.close(figure)
+            save(draw(), folder / f"{name}.svg")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 
 import pytest
 import torch
@@ -86,6 +87,26 @@ def test_patience_ends_the_run_also_when_it_is_resumed(options, folder, monkeypa
         assert (folder / "checkpoint.pth").read_bytes() == saved
     start([*options, "--resume", "auto", "--patience", 4])
     assert [row["AP"] for row in rows(folder)] == [0.4, 0.5, 0.5, 0.3, 0.1, 0.2]
+
+
+@pytest.mark.parametrize("aps", [(0.5, 0.4, 0.3), (0.4, 0.5, 0.3)])
+def test_epochs_that_are_not_evaluated_have_no_metrics_and_are_not_the_best(
+    aps, options, folder, tmp_path, monkeypatch
+):
+    start([*options, "--epochs", 5])
+    everything = state_of(folder / "checkpoint.pth")
+    monkeypatch.setattr(train_torchvision_libra, "evaluate_detections", scripted(*aps))
+    few = [*options, "--eval-interval", 2, "--output-dir", tmp_path / "few", "--patience", 2]
+    with pytest.raises(SystemExit):  # in the epoch behind the first evaluation
+        start([*few, "--epochs", 5], at_steps(8, do=lambda *_: os.kill(os.getpid(), signal.SIGTERM)))
+    start([*few, "--epochs", 5, "--resume", "auto"])
+    assert [row.get("AP") for row in rows(tmp_path / "few")] == [None, aps[0], None, aps[1], aps[2]]
+    assert [path.name for path in sorted((tmp_path / "few").glob("evaluation_*.json"))] == [
+        f"evaluation_{epoch:02}.json" for epoch in (1, 3, 4)
+    ]
+    best = torch.load(tmp_path / "few" / "checkpoint_best.pth", weights_only=True)
+    assert best["epoch"] == 2 * aps.index(0.5) + 2
+    assert_same(state_of(tmp_path / "few" / "checkpoint.pth")["model"], everything["model"])
 
 
 def test_auto_starts_goes_on_and_ends(options, folder, capsys):

@@ -24,7 +24,7 @@ FLAGS = """
 --use-deterministic-algorithms --device --output-dir --resume --start-epoch --start_epoch --test-only
 --print-freq --tensorboard --coco-backend --dist-url --accumulation-steps --ema --patience --limit-batches --dry-run
 --checkpoint-steps --checkpoint-minutes --max-skipped-steps --max-unreadable --strict-data --replay --compile
---channels-last
+--channels-last --eval-interval --fpn-channels --anchor-size --box-batch-size-per-image
 """
 
 

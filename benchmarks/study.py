@@ -1,0 +1,139 @@
+"""Gathers what came out of the study's runs, and writes the tables and pictures that the documentation has of it.
+
+    python benchmarks/study.py runs/bccd_finetuned runs/bccd_scratch ...
+    python benchmarks/study.py                                              # the tables and pictures alone
+
+Takes output folders of `examples/reproduce.py --table study`. The name of a folder is that of its situation: the data,
+and what the detector starts from, as in bccd_finetuned or deeppcb_scratch. Writes benchmarks/results/study.json, with
+the metrics of each finished run, its AP over the epochs, versions, device and commit; situations that are not among the
+folders stay as they are in it. From that file come the parts of docs/study.md and README.md between markers, and the
+pictures docs/images/study_*.svg.
+"""
+
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from _common import RESULTS
+from _study_pictures import draw
+from _study_tables import COSTS, METRICS, blocks, table
+from balanced_learning.training.endings import ends_in_one_line
+from balanced_learning.training.errors import UserError
+from balanced_learning.training.files import write_text
+from balanced_learning.training.reproduction.folders import read_rows, read_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = "study.json"
+# Of the first run; the rows differ in none of them.
+SETTINGS = ("backbone", "weights_backbone", "min_size", "max_size", "batch_size", "epochs", "opt", "lr", "lr_scheduler")
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="output folder of a situation")
+    with ends_in_one_line():
+        update(parser.parse_args(words).folders, RESULTS / FILE, ROOT)
+
+
+def update(folders: list[Path], file: Path, root: Path) -> None:
+    """Replaces the situations of the folders in the file, and writes what follows from it below ``root``."""
+    results = read_results(file)
+    for folder in folders:
+        results[folder.resolve().name] = gather(folder)
+    results = {name: results[name] for name in sorted(results) if results[name]["rows"]}
+    if folders:
+        write_text(file, as_json(results, levels=5) + "\n")
+    for page in (root / "docs" / "study.md", root / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        write_text(page, fill(text, {**blocks(results), "study": table(results)}))
+    draw(results, root / "docs")
+    for name, situation in results.items():
+        print(f"{name}: {sum(len(row['seeds']) for row in situation['rows'].values())} runs")
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def gather(folder: Path) -> dict[str, Any]:
+    """What came out of the finished runs of a folder.
+
+    Raises:
+        UserError: if something is missing.
+    """
+    try:
+        study = json.loads((folder / "table_study.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: holds no table_study.json that can be read ({error})") from None
+    rows: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    for row in study["rows"]:
+        done = [seed for seed, run in row["runs"].items() if run["status"] == "finished"]
+        runs = {seed: folder / "runs" / row["recipe"] / f"seed_{seed}" for seed in done}
+        if runs:
+            seeds = {seed: read_run(run) for seed, run in runs.items()}
+            rows[row["name"]] = {"label": row["label"], "baseline": row["baseline"], "seeds": seeds}
+            settings = settings or read_settings(runs[done[0]])
+    return {
+        "data": Path(study["data"]).name,
+        "images": study["images"],
+        "options": [without_folder(word) for word in study["options"]],
+        "seeds": study["seeds"],
+        "is_whole": len(rows) == len(study["rows"]),
+        "settings": {name: without_folder(settings[name]) for name in SETTINGS if name in settings},
+        "versions": [{key: each[key] for key in each if key != "files"} for each in study["versions"] if each],
+        "device": study["device"],
+        "commit": study["commit"],
+        "rows": rows,
+    }
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The last metrics of a run, and its AP over the number of epochs trained, in percent.
+
+    Raises:
+        UserError: if the run has none.
+    """
+    evaluated = [row for row in read_rows(folder) if "AP" in row]
+    if not evaluated:
+        raise UserError(f"{folder}: no epoch in metrics.jsonl was evaluated")
+    values = {name: in_percent(evaluated[-1].get(name)) for name in (*METRICS, *COSTS)}
+    return values | {"curve": [[row["epoch"] + 1, in_percent(row["AP"])] for row in evaluated]}
+
+
+def in_percent(value: float | None) -> float | None:
+    """Rounded; a metric is not defined where there is nothing to find."""
+    return None if value is None or not math.isfinite(value) else round(100 * value, 4)
+
+
+def without_folder(word: Any) -> Any:
+    """A word of a command without the place of a file on the machine that it was typed on."""
+    return re.sub(r"(^|=)/.*/", r"\1", word) if isinstance(word, str) else word
+
+
+def as_json(value: Any, levels: int, depth: int = 0) -> str:
+    """JSON whose outer levels have an entry a line, so that a run is a line."""
+    if not levels or not isinstance(value, dict) or not value:
+        return json.dumps(value, allow_nan=False)
+    entries = [
+        f"{' ' * (depth + 1)}{json.dumps(key)}: {as_json(each, levels - 1, depth + 1)}" for key, each in value.items()
+    ]
+    return "{\n" + ",\n".join(entries) + f"\n{' ' * depth}}}"
+
+
+def fill(text: str, parts: dict[str, str]) -> str:
+    """Puts each part between its markers, where the text has them."""
+    for name, part in parts.items():
+        start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        before, _, rest = text.partition(start)
+        _, has_both, after = rest.partition(end)
+        if has_both:
+            text = f"{before}{start}{part}\n{end}{after}"
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The study's results, gathered from folders, and the documentation that is made of them."""
+
+import json
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from balanced_learning.training.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
+LABELS = {"plain": "plain", "balanced_l1": "+ balanced L1", "libra": "Libra", "l1": "L1"}
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return import_module("study")
+
+
+@pytest.fixture
+def tables(study, monkeypatch):
+    """The same without pictures, which take most of the time."""
+    monkeypatch.setattr(study, "draw", lambda results, docs: None)
+    return study
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A copy of the page, and a README with the marker."""
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    (tmp_path / "docs" / "study.md").write_text((ROOT / "docs" / "study.md").read_text())
+    (tmp_path / "README.md").write_text("# Title\n\n<!-- study -->\nold\n\n<!-- end of study -->\n\nText.\n")
+    return tmp_path
+
+
+def make_folder(folder: Path, ap: dict[str, dict[int, Any]], seeds: int = 3) -> Path:
+    """An output folder with the AP of rows by seed, as fractions; seeds without are to do. APs is not defined."""
+    rows = []
+    for name, by_seed in ap.items():
+        runs = {f"{seed}": {"status": "finished" if seed in by_seed else "to do"} for seed in range(seeds)}
+        rows += [{"name": name, "label": LABELS[name], "recipe": f"study/{name}", "runs": runs}]
+        rows[-1]["baseline"] = None if name == "plain" else "plain"
+        for seed, value in by_seed.items():
+            run = folder / "runs" / "study" / name / f"seed_{seed}"
+            run.mkdir(parents=True)
+            metrics = dict.fromkeys(("AP", "AP50", "AP75", "APm", "APl"), value) | {"APs": None}
+            metrics |= {f"dAP50/{kind}": 0.02 for kind in KINDS} | {"AP/RBC": 0.9}
+            lines = [{"epoch": 0, "loss": 2.0}, {"epoch": 1, **metrics, "AP": value / 2}, {"epoch": 2, **metrics}]
+            (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+            counts = {"epochs": 3, "batch_size": 4, "accumulation_steps": 1, "world_size": 1, "patience": None}
+            settings = {"weights_backbone": "/home/me/weights.pth", "min_size": 224, "max_size": 320}
+            settings |= {"opt": "adamw", "lr": 0.0005, "lr_scheduler": "cosineannealinglr"}
+            (run / "args.json").write_text(json.dumps(counts | settings))
+    table = {"data": "/home/me/data/bccd", "images": {"train": 292, "val": 72}, "seeds": list(range(seeds))}
+    table |= {"options": ["--weights-backbone", "/home/me/weights.pth"], "rows": rows, "commit": "abc"}
+    table |= {"versions": [{"torch": "2.14.1", "files": "/home/me/_cpu.so"}], "device": "1 x CPU"}
+    (folder / "table_study.json").write_text(json.dumps(table))
+    return folder
+
+
+def test_the_documentation_is_what_the_results_say(study):
+    """README and page, and the pictures that they show; before there are results, the page says so."""
+    results = study.read_results(study.RESULTS / study.FILE)
+    parts = {**study.blocks(results), "study": study.table(results)}
+    page, readme = ((ROOT / name).read_text() for name in ("docs/study.md", "README.md"))
+    for name in study.blocks(results):
+        assert f"<!-- {name} -->\n{parts[name]}\n\n<!-- end of {name} -->" in page
+    assert study.fill(readme, parts) == readme
+    pictures = {path.name for path in (ROOT / "docs" / "images").glob("study_*")}
+    assert pictures == set(re.findall(r"\]\(images/([^)]+)\)", page))
+
+
+def test_unfinished_runs_are_left_out_and_undefined_metrics_stay_so(study, root):
+    folder = make_folder(root / "bccd_scratch", {"plain": {0: 0.4, 2: 0.5}, "libra": {2: 0.5625}, "l1": {}})
+    study.update([folder], root / "study.json", root)
+    text = (root / "study.json").read_text()
+    assert "/home/me" not in text
+    situation = json.loads(text)["bccd_scratch"]
+    assert situation["data"] == "bccd"
+    assert situation["options"] == ["--weights-backbone", "weights.pth"]
+    assert situation["settings"]["weights_backbone"] == "weights.pth"
+    assert {name: list(row["seeds"]) for name, row in situation["rows"].items()} == {
+        "plain": ["0", "2"],
+        "libra": ["2"],
+    }
+    run = situation["rows"]["libra"]["seeds"]["2"]
+    assert (run["AP"], run["APs"], run["dAP50/missed"]) == (56.25, None, 2.0)
+    assert run["curve"] == [[2, 28.125], [3, 56.25]]
+    command = "--rows plain libra --seeds 0 1 2 --data-path bccd --output-dir runs/bccd_scratch -- --weights-backbone"
+    assert f"reproduce.py --table study {command} weights.pth\n" in (root / "docs" / "study.md").read_text()
+    (line,) = (line for line in text.splitlines() if "28.125" in line)  # a run is a line
+    assert json.loads("{" + line.strip().rstrip(",") + "}") == {"2": run}
+
+
+def test_one_pair_has_no_interval(tables, root):
+    folder = make_folder(root / "bccd_scratch", {"plain": {0: 0.4, 2: 0.5}, "libra": {2: 0.5625}})
+    tables.update([folder], root / "study.json", root)
+    page, readme = ((root / name).read_text() for name in ("docs/study.md", "README.md"))
+    assert cells(page, "Libra", "`plain`")[2:6] == ["1 seed", "+6.2", "+6.2", "+6.2"]
+    assert cells(page, "plain (`plain`)")[1:5] == ["2 seeds", "45.0 ± 7.1", "45.0 ± 7.1", "45.0 ± 7.1"]
+    assert cells(readme, "BCCD, from scratch")[:3] == ["BCCD, from scratch", "1", "45.0 ± 7.1"]
+    assert readme.startswith("# Title\n\n<!-- study -->\n| data")
+    assert readme.endswith("|\n\n<!-- end of study -->\n\nText.\n")
+
+
+def test_differences_are_paired_with_the_interval_of_students_t(tables, root):
+    """Of +2, +3 and +4 points: 3 ± 4.3027 * 1 / sqrt(3) = 3 ± 2.4842. Without the pairs it would be far wider."""
+    plain = {0: 0.30, 1: 0.40, 2: 0.50}
+    rows = {"plain": plain, "balanced_l1": {0: 0.34, 1: 0.42, 2: 0.53}, "l1": {0: 0.33, 1: 0.39, 2: 0.49}}
+    tables.update([make_folder(root / "deeppcb_finetuned", rows)], root / "study.json", root)
+    page = (root / "docs" / "study.md").read_text()
+    assert cells(page, "+ balanced L1", "`plain`")[2:4] == ["3 seeds", "**+3.0 [+0.5, +5.5]**"]
+    # -1, -1 and +3: 1/3 ± 4.3027 * 2.3094 / sqrt(3)
+    assert cells(page, "L1", "`plain`")[3] == "+0.3 [-5.4, +6.1]"
+    # against L1: 1, 3 and 4: 8/3 ± 4.3027 * 1.5275 / sqrt(3)
+    assert cells(page, "DeepPCB, fine-tuned", "L1")[3] == "+2.7 [-1.1, +6.5]"
+    assert cells(page, "+ balanced L1", "`plain`")[6] == "-"  # APs
+    assert cells(page, "+ balanced L1 (`balanced_l1`)")[2] == "43.0 ± 9.5"
+    assert cells((root / "README.md").read_text(), "DeepPCB, fine-tuned")[-1] == "**+3.0 [+0.5, +5.5]**"
+
+
+def test_a_later_call_replaces_its_situations_alone(study, root):
+    file = root / "study.json"
+    first = make_folder(root / "one" / "bccd_scratch", {"plain": {0: 0.4}})
+    other = make_folder(root / "one" / "a_third_one", {"plain": {0: 0.2}})
+    study.update([first, other], file, root)
+    study.update([make_folder(root / "two" / "bccd_scratch", {"plain": {0: 0.5}, "libra": {0: 0.6}})], file, root)
+    results = json.loads(file.read_text())
+    assert list(results) == ["a_third_one", "bccd_scratch"]
+    assert results["a_third_one"]["rows"]["plain"]["seeds"]["0"]["AP"] == 20.0
+    assert results["bccd_scratch"]["rows"]["plain"]["seeds"]["0"]["AP"] == 50.0
+    page = (root / "docs" / "study.md").read_text()
+    assert "### a third one\n" in page
+    assert {path.name for path in (root / "docs" / "images").iterdir()} == {"study_curves.svg", "study_differences.svg"}
+    study.update([], file, root)  # nothing new: nothing changes
+    assert (root / "docs" / "study.md").read_text() == page
+
+
+def test_a_folder_without_a_table_is_named(tables, root):
+    with pytest.raises(UserError, match=r"nowhere: holds no table_study\.json"):
+        tables.update([root / "nowhere"], root / "study.json", root)
+    assert not (root / "study.json").exists()
+
+
+def cells(text: str, *first: str) -> list[str]:
+    """The cells of the first row of a table that begins with these."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return next(row for row in rows if row[: len(first)] == list(first))
