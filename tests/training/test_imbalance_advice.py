@@ -138,7 +138,7 @@ def test_errors_that_are_all_inliers_leave_balanced_l1_nothing_to_do_but_to_be_l
     inliers = objective_level(inliers=1.0, of_total=1.0, of_total_balanced=1.0, to_outlier=NAN, growth=1.4)
     advice = advise_box_loss(inliers, 0.7, 0.4, OFF)
     assert (advice.verdict, advice.strength, advice.knob) == ("nothing", 0, "--box-loss-weight")
-    assert "1.4 times the gradient" in advice.sentence
+    assert "1.4 times as large, as with --box-loss-weight 1.4." in advice.sentence
     as_large = advise_box_loss(replace(inliers, growth=1.1), 0.8, 0.4, OFF)
     assert as_large.knob == "--box-loss-weight"
     assert as_large.sentence.endswith(

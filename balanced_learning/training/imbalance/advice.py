@@ -161,7 +161,8 @@ def advise_box_loss(level: ObjectiveLevel, ap50: float | None, ap75: float | Non
         if level.growth >= LARGER or (lost >= CAN_HELP and level.ratio < 1):
             knob = "--box-loss-weight"
         if level.growth >= LARGER:
-            sentence += f" That loss has {level.growth:.1f} times the gradient, which {knob} gives, too."
+            times = f"{level.growth:.1f}"
+            sentence += f" The gradient of balanced L1 is {times} times as large, as with {knob} {times}."
         elif lost >= CAN_HELP:
             sentence += f" But {losses}{f': a larger {knob} is worth a try' if level.ratio < 1 else ''}."
     elif verdict == "nothing":
