@@ -286,6 +286,14 @@ def test_anchors_are_counted_on_their_level(build, images, targets):
     assert meter.result().boxes == pytest.approx((counts / counts.sum()).tolist())
 
 
+@pytest.mark.parametrize("size", [(160, 160), (160, 96), (96, 64)])
+def test_levels_are_named_by_their_strides_where_maps_are_rounded_up(build, size):
+    model = build("retinanet", min_size=min(size), max_size=max(size))
+    result = measure(model, [torch.rand(3, *size)], [target()])
+    assert result.levels == ["P3", "P4", "P5", "P6", "P7"]
+    assert result.body_maps == ["C3", "C4", "C5"]
+
+
 @pytest.mark.parametrize("parts", [None, {}])
 def test_of_no_positives_no_contribution_is_known(build, images, empty_targets, basic_kind, parts):
     model = build(basic_kind)

@@ -81,7 +81,7 @@ class LevelMeter:
 
     def _name(self, images: Tensor, levels: list[Tensor], body: list[Tensor]) -> None:
         self._levels, self._body_maps = (
-            [f"{letter}{round(math.log2(images.shape[-1] / x.shape[-1]))}" for x in maps]
+            [f"{letter}{_octave(images.shape[-2:], x.shape[-2:])}" for x in maps]
             for letter, maps in (("P", levels), ("C", body))
         )
         self._boxes = torch.zeros(len(levels), dtype=torch.int64)
@@ -117,6 +117,11 @@ class LevelMeter:
             self._before.result(),
             self._after.result(),
         )
+
+
+def _octave(pixels: Size, cells: Size) -> int:
+    """How often a map was halved, each time rounded up."""
+    return max(math.ceil(math.log2(whole / part)) for whole, part in zip(pixels, cells, strict=True))
 
 
 def _scores_of_proposals(
