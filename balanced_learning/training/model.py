@@ -175,15 +175,21 @@ def _anchor_options(model: ModelConfig) -> dict[str, Any]:
 
 def _box_loss(config: Config) -> nn.Module | bool:
     """The box loss of the second stage, or of RetinaNet; False: torchvision's own."""
-    libra, is_retinanet = config.libra, config.model.is_retinanet
+    libra = config.libra
     if config.model.box_loss:
-        beta = (0.11 if is_retinanet else 1.0) if libra.beta is None else libra.beta
-        loss: nn.Module = BalancedL1Loss(libra.alpha, libra.gamma, beta, reduction="sum")
+        loss: nn.Module = balanced_l1(config)
     elif libra.beta is None and libra.box_loss_weight == 1:
         return False
     else:
         loss = smooth_l1(config)
     return loss if libra.box_loss_weight == 1 else WeightedLoss(loss, libra.box_loss_weight)
+
+
+def balanced_l1(config: Config) -> BalancedL1Loss:
+    """The box loss with balanced L1, without its weight; by default, and in place of L1's beta of 0, the paper's."""
+    libra = config.libra
+    beta = libra.beta or (0.11 if config.model.is_retinanet else 1.0)
+    return BalancedL1Loss(libra.alpha, libra.gamma, beta, reduction="sum")
 
 
 def smooth_l1(config: Config) -> nn.SmoothL1Loss:

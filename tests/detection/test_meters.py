@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.ops import MultiScaleRoIAlign
 
-from balanced_learning import IoUBalancedSampler
+from balanced_learning import BalancedL1Loss, IoUBalancedSampler
 from balanced_learning.detection import apply_libra
 from balanced_learning.detection.imbalance.feature_level import LevelMeter
 from balanced_learning.detection.imbalance.objective_level import ObjectiveMeter
@@ -18,7 +18,7 @@ def sample_meter(model: nn.Module) -> SampleMeter:
 
 
 def objective_meter(model: nn.Module) -> ObjectiveMeter:
-    return ObjectiveMeter(model, nn.SmoothL1Loss(), 1.0)
+    return ObjectiveMeter(model, nn.SmoothL1Loss(), BalancedL1Loss())
 
 
 def training_detector(build: Callable[..., nn.Module], kind: str) -> nn.Module:

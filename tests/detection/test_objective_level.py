@@ -111,7 +111,7 @@ def test_of_no_positives_there_are_no_shares():
     assert all(map(math.isnan, gradient_shares(torch.zeros(0, 4), BalancedL1Loss())))
 
 
-LOSS = nn.SmoothL1Loss()
+LOSS, BALANCED = nn.SmoothL1Loss(), BalancedL1Loss()
 
 
 def predicting(build, deltas: float, **parts) -> nn.Module:
@@ -129,8 +129,8 @@ def predicting(build, deltas: float, **parts) -> nn.Module:
     return model
 
 
-def measure(model: nn.Module, images, targets, loss: nn.Module = LOSS, beta: float = 1.0):
-    meter = ObjectiveMeter(model, loss, beta)
+def measure(model: nn.Module, images, targets, loss: nn.Module = LOSS, balanced: BalancedL1Loss = BALANCED):
+    meter = ObjectiveMeter(model, loss, balanced)
     meter.add(images, [{"proposals": torch.zeros(0, 4), **target} for target in targets])
     return meter.result()
 
@@ -154,20 +154,20 @@ def test_where_all_errors_are_outliers_inliers_have_none(build, images, targets)
     assert result.box_loss == pytest.approx(12)  # the model's own loss, not the one whose gradient is divided
 
 
-def test_balanced_l1_is_compared_at_the_same_beta(build, images, targets):
+def test_balanced_l1_is_compared_as_it_is_given_and_its_beta_parts_inliers_from_outliers(build, images, targets):
     model = predicting(build, 0.0)
     model.roi_heads.box_predictor.bbox_pred.bias.detach().copy_(torch.tensor([0.1, 0.1, 0.1, 2.0]).repeat(5))
-    result = measure(model, images, targets, nn.SmoothL1Loss(beta=0.2), beta=0.2)
+    result = measure(model, images, targets, nn.SmoothL1Loss(beta=0.2), BalancedL1Loss(0.4, 2.0, 0.2))
     assert (result.inliers, result.of_total) == pytest.approx((0.75, 1.5 / 2.5))
-    inlier = 0.5 * math.log((math.exp(3) - 1) * 0.1 / 0.2 + 1)
-    assert result.of_total_balanced == pytest.approx(3 * inlier / (3 * inlier + 1.5))
-    assert result.growth == pytest.approx((3 * inlier + 1.5) / 2.5)
+    inlier = 0.4 * math.log((math.exp(2.0 / 0.4) - 1) * 0.1 / 0.2 + 1)
+    assert result.of_total_balanced == pytest.approx(3 * inlier / (3 * inlier + 2.0))
+    assert result.growth == pytest.approx((3 * inlier + 2.0) / 2.5)
 
 
 def test_batches_count_by_their_images(build, images, targets):
     model = predicting(build, 0.5)
     model.roi_heads.box_predictor.cls_score.bias.detach()[1] = 2.0
-    meter = ObjectiveMeter(model, LOSS, 1.0)
+    meter = ObjectiveMeter(model, LOSS, BALANCED)
     batches = [[0], [2, 2, 2]]
     for batch in batches:
         meter.add(
@@ -182,7 +182,7 @@ def test_batches_count_by_their_images(build, images, targets):
 @pytest.mark.parametrize("parts", [{}, {"box_loss": True}])
 def test_of_nothing_little_is_known(build, images, targets, empty_targets, parts):
     model = predicting(build, 0.5, **parts)
-    meter = ObjectiveMeter(model, LOSS, 1.0)
+    meter = ObjectiveMeter(model, LOSS, BALANCED)
     for result in (measure(model, images, empty_targets), meter.result()):
         assert result.positives == 0
         shares = (result.inliers, result.of_total, result.of_sample, result.to_outlier, result.of_total_balanced)

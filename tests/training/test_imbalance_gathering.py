@@ -45,6 +45,29 @@ def test_what_ap_is_lost_to_localisation():
     assert plain["errors"].keys() == set(KINDS)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (0.5, 1.5, 1.0)),
+        ({"alpha": 0.3, "gamma": 1.2, "beta": 0.5}, (0.3, 1.2, 0.5)),
+        ({"box_loss": False, "beta": 0.0}, (0.5, 1.5, 1.0)),  # L1
+        ({"model": "libra_retinanet"}, (0.5, 1.5, 0.11)),
+    ],
+)
+def test_box_losses_are_compared_with_balanced_l1_of_the_settings(monkeypatch, settings, expected):
+    class BuiltError(Exception):
+        pass
+
+    def build(_, __, balanced):
+        raise BuiltError(balanced.alpha, balanced.gamma, balanced.beta)
+
+    monkeypatch.setattr(gathering, "LevelMeter", lambda _: None)
+    monkeypatch.setattr(gathering, "ObjectiveMeter", build)
+    with pytest.raises(BuiltError) as built:
+        gathering.gather(Config.of(settings), small_fasterrcnn(3), *[None] * 3)
+    assert built.value.args == expected
+
+
 def test_a_plain_detector_is_compared_with_the_sampler_that_it_would_have():
     config = Config.of({"num_bins": 4, "instance_balanced": False, "sampler": False})
     stock = small_fasterrcnn(3)

@@ -126,8 +126,9 @@ def gradients(errors: Tensor, loss: nn.Module) -> Tensor:
 class ObjectiveLevel:
     """Whose gradient the box loss is, and how large the loss is beside that of classification.
 
-    NaN where there is nothing to divide by: of no positives the shares are, and of no images the losses; ``to_outlier``
-    is where there are no inliers or no outliers, too.
+    The positives of all images count alike in the shares, though a RetinaNet divides the sum of each image by their
+    number. NaN where there is nothing to divide by: of no positives the shares are, and of no images the losses;
+    ``to_outlier`` is where there are no inliers or no outliers, too.
     """
 
     positives: int
@@ -135,11 +136,11 @@ class ObjectiveLevel:
     of_total: float
     of_sample: float
     to_outlier: float
-    of_total_balanced: float  # of_total, were the loss the paper's balanced L1 loss with the same beta
+    of_total_balanced: float  # of_total, were the loss balanced L1
     box_loss: float  # of the second stage (RetinaNet: of its only one), with the model's own loss; mean of the images
     class_loss: float
     ratio: float  # of the box loss to the classification loss
-    growth: float  # of the gradient of all coordinates, were the loss that balanced L1 loss: its multiple
+    growth: float  # of the gradient of all coordinates, were the loss balanced L1: its multiple
 
 
 class ObjectiveMeter:
@@ -151,15 +152,15 @@ class ObjectiveMeter:
         model (FasterRCNN or RetinaNet): torchvision's own, or after
             :func:`~balanced_learning.detection.apply_libra`.
         loss (nn.Module): whose gradient is divided, with a ``reduction`` attribute.
-        beta (float): the error that divides inliers from outliers.
+        balanced (BalancedL1Loss): to compare it with. Its ``beta`` is the error that divides inliers from outliers.
 
     Raises:
         TypeError: for a model of another type.
     """
 
-    def __init__(self, model: Any, loss: nn.Module, beta: float) -> None:
+    def __init__(self, model: Any, loss: nn.Module, balanced: BalancedL1Loss) -> None:
         check_detector(model, FasterRCNN, RetinaNet)
-        self.model, self.loss, self.beta = model, loss, beta
+        self.model, self.loss, self.balanced = model, loss, balanced
         self._errors = [torch.zeros(0, 4)]
         self._losses, self._num_images = torch.zeros(2, dtype=torch.float64), 0  # sums over images
 
@@ -175,12 +176,12 @@ class ObjectiveMeter:
         """Of all batches so far."""
         errors = torch.cat(self._errors)
         class_loss, box_loss = (self._losses / self._num_images).tolist()
-        balanced = BalancedL1Loss(beta=self.beta)
-        size, balanced_size = (gradients(errors, loss).abs().sum() for loss in (self.loss, balanced))
+        size, balanced_size = (gradients(errors, loss).abs().sum() for loss in (self.loss, self.balanced))
+        beta = self.balanced.beta
         return ObjectiveLevel(
             len(errors),
-            *gradient_shares(errors, self.loss, beta=self.beta),
-            of_total_balanced=gradient_shares(errors, balanced, beta=self.beta).of_total,
+            *gradient_shares(errors, self.loss, beta=beta),
+            of_total_balanced=gradient_shares(errors, self.balanced, beta=beta).of_total,
             box_loss=box_loss,
             class_loss=class_loss,
             ratio=box_loss / class_loss if class_loss else math.nan,

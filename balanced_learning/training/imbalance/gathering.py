@@ -19,13 +19,12 @@ from balanced_learning.training.errors import UserError
 from balanced_learning.training.evaluation import Evaluation, detections_per_image, evaluate_detections
 from balanced_learning.training.inference import predict
 from balanced_learning.training.measuring import batches_to_measure
-from balanced_learning.training.model import smooth_l1
+from balanced_learning.training.model import balanced_l1, smooth_l1
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.tide import KINDS
 
-INLIER, RETINANET_INLIER = 1.0, 0.11  # the error below which a coordinate is one: the beta of the paper's balanced L1
 PAPER_ABOVE = {"hard": 0.6, "random": 0.3}  # of the negatives above IoU 0.05; of the hard ones it is more than that
-PAPER_TO_OUTLIER = 0.3  # the mean gradient of an inlier, of an outlier's
+PAPER_TO_OUTLIER = 0.3  # the mean gradient of an inlier, of an outlier's, under smooth L1 of beta 1
 DRAWS = 20  # of the samplers, of each image
 
 
@@ -39,7 +38,7 @@ class Measurements:
         bins: the edges of the bins of IoU-balanced sampling; empty for a detector that samples nothing. [K + 1]
         sample: None for a detector that samples nothing.
         feature: what its detections use of the backbone's maps.
-        objective: of smooth L1, whatever its box loss, beside balanced L1.
+        objective: of smooth L1, whatever its box loss, beside balanced L1, both with the settings of the run.
         evaluation: COCO's metrics, and what AP50 is lost to.
     """
 
@@ -106,7 +105,7 @@ def gather(
     balanced = None if config.model.is_retinanet else _balanced_sampler(config, model)
     sample = balanced and SampleMeter(model, balanced, _random(balanced), DRAWS)
     feature = LevelMeter(model)
-    objective = ObjectiveMeter(model, smooth_l1(config), RETINANET_INLIER if config.model.is_retinanet else INLIER)
+    objective = ObjectiveMeter(model, smooth_l1(config), balanced_l1(config))
     meters = [meter for meter in (sample, feature, objective) if meter]
     randomness.seed_all(config.training.seed, "imbalance")
     for images, targets in batches_to_measure("imbalance", config, model, dataset):

@@ -61,7 +61,11 @@ def _objective_rows(measured: Measurements) -> list[Row]:
         ("their part of the box gradient, smooth L1", percent(level.of_total), ""),
         ("the same of each box, mean", percent(level.of_sample), ""),
         ("their part of the box gradient, balanced L1", percent(level.of_total_balanced), ""),
-        ("the mean gradient of an inlier, of an outlier's", percent(level.to_outlier), percent(PAPER_TO_OUTLIER)),
+        (
+            "the mean gradient of an inlier, of an outlier's",
+            percent(level.to_outlier),
+            f"{percent(PAPER_TO_OUTLIER)}, of beta 1",
+        ),
         ("the gradient of balanced L1 / of smooth L1", decimal(level.growth), ""),
         ("box loss / classification loss", decimal(level.ratio), ""),
         ("AP50", percent(metrics.get("AP50")), ""),

@@ -40,7 +40,7 @@ def save_imbalance(path: Path, title: str, measured: Measurements, advices: Sequ
         column.suptitle(
             f"{name}\n{advice.verdict}, strength {advice.strength:.2f}", color=color, size=13, weight="bold"
         )
-        column.supxlabel(fill(advice.sentence, LETTERS), size=11, x=0.03, ha="left")
+        column.supxlabel(fill(advice.sentence, LETTERS, break_on_hyphens=False), size=11, x=0.03, ha="left")
     if measured.sample:
         _draw_samples(columns[0], measured.sample, measured.bins)
     else:
@@ -100,7 +100,7 @@ def _draw_objective(column: Any, measured: Measurements) -> None:
         one: level.to_outlier,
     }
     _draw_bars(gradient, shares, [GREY, ORANGE, GREEN, ORANGE], {one: PAPER_TO_OUTLIER})
-    gradient.set_title(f"share of the inliers ({PAPER})", size=10)
+    gradient.set_title(f"share of the inliers ({PAPER}, smooth L1 of beta 1)", size=10)
     _draw_bars(precision, {name: metrics.get(name) for name in ("AP50", "AP75")}, [BLUE, BLUE])
     precision.set_title(
         f"{measured.evaluated_images} other images; box loss / classification loss {decimal(level.ratio)}", size=10
