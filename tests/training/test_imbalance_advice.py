@@ -134,11 +134,29 @@ def test_levels_that_are_equal_leave_a_pyramid_nothing_to_do():
     assert (advice.verdict, advice.strength) == ("nothing", 0)
 
 
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        (0.42, "raises the likeness of the levels from 0.40 to 0.42, and so hardly brings them together."),
+        (0.30, "lowers the likeness of the levels from 0.40 to 0.30, and so hardly brings them together."),
+        (0.47, "raises the likeness of the levels from 0.40 to 0.47: can help a little."),
+        (0.70, "raises the likeness of the levels from 0.40 to 0.70: can help."),
+    ],
+)
+def test_of_a_pyramid_that_is_on_it_is_told_what_it_does_to_the_levels(after, words):
+    level = feature_level([[1.0, 0.0], [0.0, 1.0]], before=0.4, after=after)
+    sentence = advise_pyramid(level, ON).sentence
+    assert sentence.startswith(f"The balanced pyramid, which is on, {words} --no-pyramid tells ")
+
+
 def test_errors_that_are_all_inliers_leave_balanced_l1_nothing_to_do_but_to_be_larger():
     inliers = objective_level(inliers=1.0, of_total=1.0, of_total_balanced=1.0, to_outlier=NAN, growth=1.4)
     advice = advise_box_loss(inliers, 0.7, 0.4, OFF)
     assert (advice.verdict, advice.strength, advice.knob) == ("nothing", 0, "--box-loss-weight")
-    assert "1.4 times as large, as with --box-loss-weight 1.4." in advice.sentence
+    larger = "The gradient of balanced L1 is 1.4 times as large, as that of smooth L1 of beta 0.11 would be with "
+    assert advice.sentence.endswith(f"{larger}--box-loss-weight 1.4.")
+    weighted = advise_box_loss(inliers, 0.7, 0.4, Config.of({"box_loss_weight": 1.5}))
+    assert weighted.sentence.endswith(f"{larger}--box-loss-weight 2.1.")
     as_large = advise_box_loss(replace(inliers, growth=1.1), 0.8, 0.4, OFF)
     assert as_large.knob == "--box-loss-weight"
     assert as_large.sentence.endswith(

@@ -113,8 +113,12 @@ def advise_pyramid(level: FeatureLevel, config: Config) -> Advice:
     if math.isnan(uneven) or math.isnan(before):
         sentence = "Not measured: there is no object to follow, or only one level."
     elif is_on:
-        does = f"The balanced pyramid, which is on, makes the levels more alike, from {before:.2f} to {after:.2f}, and"
-        sentence = f"{does} {uses}: {_outlook(verdict, is_on, flag, knob)}"
+        changes = "raises" if after >= before else "lowers"
+        does = (
+            f"The balanced pyramid, which is on, {changes} the likeness of the levels from {before:.2f} to {after:.2f}"
+        )
+        nothing = f"{does}, and so hardly brings them together. {flag} tells whether it helps all the same."
+        sentence = nothing if verdict == "nothing" else f"{does}: {_outlook(verdict, is_on, flag, knob)}"
     else:
         found = f"{uses}, and the likeness of the levels is {before:.2f} of 1"
         outlook = f"a balanced pyramid {_outlook(verdict, is_on, flag, knob)}"
@@ -161,8 +165,9 @@ def advise_box_loss(level: ObjectiveLevel, ap50: float | None, ap75: float | Non
         if level.growth >= LARGER or (lost >= CAN_HELP and level.ratio < 1):
             knob = "--box-loss-weight"
         if level.growth >= LARGER:
-            times = f"{level.growth:.1f}"
-            sentence += f" The gradient of balanced L1 is {times} times as large, as with {knob} {times}."
+            weight = level.growth * config.libra.box_loss_weight
+            sentence += f" The gradient of balanced L1 is {level.growth:.1f} times as large"
+            sentence += f", as that of {smooth} would be with {knob} {weight:.2g}."
         elif lost >= CAN_HELP:
             sentence += f" But {losses}{f': a larger {knob} is worth a try' if level.ratio < 1 else ''}."
     elif verdict == "nothing":
@@ -189,10 +194,8 @@ def _switch(part: str, is_on: bool) -> str:
 
 def _outlook(verdict: str, is_on: bool, flag: str, knob: str) -> str:
     """The end of a sentence whose subject is a part, or what it does."""
-    if is_on:
-        found = {"can help": "can help", "little": "can help a little", "nothing": "has next to no effect"}[verdict]
-        return f"{found}. {flag} tells by how much; {knob}."
-    return f"{'can help' if verdict == 'can help' else 'can help a little'}. Try {flag}; {knob}."
+    found = "can help" if verdict == "can help" else "can help a little"
+    return f"{found}. {flag} tells by how much; {knob}." if is_on else f"{found}. Try {flag}; {knob}."
 
 
 def _sentence(text: str) -> str:
