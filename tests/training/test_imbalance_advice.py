@@ -194,6 +194,11 @@ def test_what_could_not_be_measured_is_said():
     assert all("Not measured" in advice.sentence for advice in nothing)
 
 
+def test_what_a_pyramid_does_to_the_levels_is_known_without_objects():
+    advice = advise_pyramid(feature_level([[NAN, NAN], [NAN, NAN]], before=0.4, after=0.7), ON)
+    assert (advice.verdict, "from 0.40 to 0.70: can help." in advice.sentence) == ("can help", True)
+
+
 def test_without_any_ap_the_gradient_decides():
     assert advise_box_loss(objective_level(), 0.0, 0.0, OFF).verdict == "can help"
     assert "AP50" not in advise_box_loss(objective_level(), None, None, OFF).sentence

@@ -110,7 +110,7 @@ def advise_pyramid(level: FeatureLevel, config: Config) -> Advice:
     strength = _least(after - before) if is_on else _least(uneven, 1 - before)
     verdict = _verdict(strength)
     uses = f"for all maps of the backbone to count alike, {percent(uneven)} of what detections use would be from others"
-    if math.isnan(uneven) or math.isnan(before):
+    if math.isnan(before) or (math.isnan(uneven) and not is_on):
         sentence = "Not measured: there is no object to follow, or only one level."
     elif is_on:
         changes = "raises" if after >= before else "lowers"
