@@ -204,7 +204,7 @@ class Run:
             return f"all {epochs} epochs are trained"
         if self._is_patience_over():
             key, waited = key_metric(self.history[-1]), self.epochs_since_best()
-            return f"over, for {key} has not grown for {waited} epochs, and --patience allows no more"
+            return f"over, for {key} has not grown in {waited} evaluations, and --patience allows no more"
         return f"goes on in {self.place()}, to {epochs} epochs"
 
     def place(self) -> str:

@@ -82,7 +82,7 @@ def test_patience_ends_the_run_also_when_it_is_resumed(options, folder, monkeypa
     for epochs in (9, 12):
         capsys.readouterr()
         start([*options, "--resume", "auto", "--epochs", epochs])
-        said = f"{folder}/checkpoint.pth: over, for AP has not grown for 2 epochs, and --patience allows no more\n"
+        said = f"{folder}/checkpoint.pth: over, for AP has not grown in 2 evaluations, and --patience allows no more\n"
         assert said in capsys.readouterr().out
         assert (folder / "checkpoint.pth").read_bytes() == saved
     start([*options, "--resume", "auto", "--patience", 4])
