@@ -157,13 +157,13 @@ class DetectorWeights:
         has_rpn = any(key.startswith("rpn.") for key in state)
         made = {"model": "libra_fasterrcnn" if has_rpn else "libra_retinanet"}
         if self.settings:
-            names = ("model", "backbone", "small", "pyramid", "path_aggregation")
+            names = ("model", "backbone", "small", "fpn_channels", "pyramid", "path_aggregation")
             made = {name: getattr(self.settings, name) for name in names}
         flags = [_typed(name, value) for name, value in made.items() if value != getattr(config, name)]
         return f"; made with {' '.join(flags)}" if flags else ""
 
 
-def _typed(name: str, value: str | bool) -> str:
+def _typed(name: str, value: str | int) -> str:
     if isinstance(value, bool):
         return flag_of(name) if value else flag_of(f"no_{name}")
     return f"{flag_of(name)} {value}"

@@ -212,7 +212,7 @@ def test_the_epsilon_of_frozen_batch_norm_goes_with_the_weights(own_root, tmp_pa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--no-small"], "does not fit: .*; made with --small$"),
+        (["--no-small", "--fpn-channels", 32], "does not fit: .*; made with --small --fpn-channels 256$"),
         (["--model", "libra_retinanet"], "does not fit: .*; made with --model libra_fasterrcnn$"),
         (["--no-pyramid"], r"'backbone\.bfp\..*' has no place in the model; made with --pyramid$"),
     ],
