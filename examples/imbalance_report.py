@@ -16,6 +16,7 @@ The verdicts rest on a rule of thumb: see balanced_learning/training/imbalance/a
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -72,7 +73,8 @@ def run(given: argparse.Namespace) -> None:
     if checkpoint:
         checkpoint.check_data(train, iterations=None)
     steps = steps_to_warm_up(config, checkpoint, labels, given.warm_up_steps)
-    model = prepare(make_model(config, labels, checkpoint and checkpoint.averaged()), config.model, device).eval()
+    model = make_model(config, labels, checkpoint and checkpoint.averaged())
+    model = prepare(model, replace(config.model, compile=False), device).eval()  # for so little it takes too long
     precision = Precision(config.training.amp, device)
     images = images_to_measure(config, train, labels, given.batches)
     train_loader, val_loader = make_loaders(config, device, train, val.first(len(images)), labels)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from PIL import Image
+from torch import nn
 
 from balanced_learning.training.signals import EXIT_CODE
 from examples import imbalance_report
@@ -103,6 +104,14 @@ def test_a_flag_or_a_recipe_switches_parts_on(coco_root, tmp_path, undrawn):
         content = read(tmp_path)
         assert [content["detector"][part] for part in ("sampler", "pyramid", "box_loss")] == parts
         assert content["detector"]["origin"] == "an untrained detector, whose errors say little"
+
+
+def test_nothing_is_compiled_for_so_little(coco_root, tmp_path, monkeypatch, undrawn):
+    def fail(*_, **__):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(nn.Module, "compile", fail)
+    report(tmp_path, "--data-path", coco_root, *SMALL, "--warm-up-steps", 1, "--batches", 1, "--compile")
 
 
 @pytest.mark.parametrize(
