@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -48,6 +50,14 @@ def test_a_warm_up_may_end_within_an_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(Toy, "before", at_steps(*range(9), do=lambda *_: seen.append(1)))
     warmed_up(["--data-path", write_noise(tmp_path / "data", train=6), *TOY], steps=4)
     assert len(seen) == 4
+
+
+def test_the_learning_rate_does_not_rise_again_behind_the_epochs(tmp_path, monkeypatch, capsys):
+    put_toy_in(monkeypatch.setattr)
+    options = [*TOY, "--epochs", 1, "--lr-scheduler", "cosineannealinglr", "--print-freq", 1]
+    warmed_up(["--data-path", write_noise(tmp_path / "data", train=6), *options], steps=6)  # two epochs of 3
+    rates = [float(line.split("  lr ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()]
+    assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)], rel=1e-3)
 
 
 def spoil(toy, *_):

@@ -1,5 +1,6 @@
 """A short training in memory, for a detector whose weights say nothing yet of the data."""
 
+import math
 from collections.abc import Generator
 from contextlib import closing
 from itertools import count, islice
@@ -52,7 +53,8 @@ def warm_up(
     Raises:
         UserError: if more steps have to be left out than the settings allow of an epoch.
     """
-    run = Run(config, labels, model, precision, len(loader))
+    epochs = max(config.training.epochs, math.ceil(steps / len(loader)))  # behind its end, a cosine would rise again
+    run = Run(Config.of(config.values() | {"epochs": epochs}), labels, model, precision, len(loader))
 
     def report(fault: Fault) -> None:
         run.skipped_steps += 1
