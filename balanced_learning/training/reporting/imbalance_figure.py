@@ -100,7 +100,7 @@ def _draw_objective(column: Any, measured: Measurements) -> None:
         one: level.to_outlier,
     }
     _draw_bars(gradient, shares, [GREY, ORANGE, GREEN, ORANGE], {one: PAPER_TO_OUTLIER})
-    gradient.set_title(f"share of the inliers ({PAPER}, smooth L1 of beta 1)", size=10)
+    gradient.set_title("share of the inliers (diamond: the paper, beta of 1)", size=10)
     _draw_bars(precision, {name: metrics.get(name) for name in ("AP50", "AP75")}, [BLUE, BLUE])
     precision.set_title(
         f"{measured.evaluated_images} other images; box loss / classification loss {decimal(level.ratio)}", size=10
