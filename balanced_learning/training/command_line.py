@@ -98,9 +98,6 @@ def _settled(config: Config, checkpoint: Checkpoint | None) -> Config:
         raise UserError(f"--weights {model.weights}: torchvision has COCO weights for resnet50 alone; {hint}")
     if model.small and model.backbone != "resnet50":
         raise UserError(f"--backbone {model.backbone}: a --small detector has its own; pass --no-small")
-    for name in ("fpn_channels", "anchor_size"):
-        if model.small and getattr(model, name) != setting_fields()[name].default:
-            raise UserError(f"{flag_of(name)} {getattr(model, name)}: a --small detector has its own; pass --no-small")
     if are_torchvisions(model.weights) and model.fpn_channels != ModelConfig.fpn_channels:
         has = ModelConfig.fpn_channels
         raise UserError(f"--weights {model.weights}: of {has} channels; leave --fpn-channels {model.fpn_channels} out")

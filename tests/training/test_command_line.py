@@ -223,8 +223,6 @@ def test_a_program_that_does_not_train_takes_other_settings_of_training(checkpoi
         (["--norm", "frozen", "--weights-backbone", "none"], "--norm frozen: a backbone from scratch has none"),
         (["--norm", "frozen_statistics", "--sync-bn"], "--sync-bn: not with --norm frozen_statistics"),
         (["--dry-run", "--check-data"], "--dry-run: it trains; leave --check-data out"),
-        (["--small", "--fpn-channels", 64], "--fpn-channels 64: a --small detector has its own; pass --no-small"),
-        (["--small", "--anchor-size", 8], "--anchor-size 8: a --small detector has its own; pass --no-small"),
         (["--weights", "DEFAULT", "--fpn-channels", 64], "--weights DEFAULT: of 256 channels; leave --fpn-channels 64"),
     ],
 )
