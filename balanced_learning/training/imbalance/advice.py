@@ -173,7 +173,7 @@ def advise_box_loss(level: ObjectiveLevel, ap50: float | None, ap75: float | Non
     elif verdict == "nothing":
         sentence = f"{_sentence(shares)}, but boxes are tight: {losses}."
     else:
-        outlook = _outlook(verdict, is_on, flag, knob)
+        outlook = f"balanced L1 {_outlook(verdict, is_on, flag, knob)}"
         sentence = f"{_sentence(shares)}{losses and f', and {losses}'}: {outlook}"
     return Advice("objective", verdict, strength, sentence, flag, knob)
 
