@@ -42,7 +42,7 @@ def make_folder(folder: Path, ap: dict[str, dict[int, Any]], seeds: int = 3) -> 
     rows = []
     for name, by_seed in ap.items():
         runs = {f"{seed}": {"status": "finished" if seed in by_seed else "to do"} for seed in range(seeds)}
-        rows += [{"name": name, "label": LABELS[name], "recipe": f"study/{name}", "runs": runs}]
+        rows += [{"name": name, "label": LABELS.get(name, name), "recipe": f"study/{name}", "runs": runs}]
         rows[-1]["baseline"] = None if name == "plain" else "plain"
         for seed, value in by_seed.items():
             run = folder / "runs" / "study" / name / f"seed_{seed}"
