@@ -54,6 +54,7 @@ def update(folders: list[Path], batches: int, file: Path, page: Path) -> None:
             print(f"{name}: report {number} of {len(left)}, {row} with seed {seed}", flush=True)
             content = report(folder / "runs" / "study" / row / f"seed_{seed}" / "checkpoint.pth", batches)
             measured.setdefault(row, {})[seed] = predictions(content, BASELINES[row])
+            add_gains(measured, situation)
             write(file, results)
         add_gains(measured, situation)
     if folders:
@@ -80,10 +81,14 @@ def predictions(content: dict[str, Any], levels: dict[str, str]) -> dict[str, An
     advice, figures = {each["level"]: each for each in content["advice"]}, figures_of(content)
     data = {name: content["data"][name] for name in ("images", "evaluated_images")}
     parts = {
-        part: {name: advice[level][name] for name in ("strength", "verdict")} | {"figures": figures[level]}
+        part: {
+            "strength": _rounded(advice[level]["strength"]),
+            "verdict": advice[level]["verdict"],
+            "figures": {name: _rounded(value) for name, value in figures[level].items()},
+        }
         for part, level in levels.items()
     }
-    return {"commit": content["commit"], **data, **parts}
+    return {**data, **parts}
 
 
 def figures_of(content: dict[str, Any]) -> dict[str, dict[str, float | None]]:
@@ -109,6 +114,10 @@ def figures_of(content: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 
 def _minus(first: float | None, second: float | None) -> float | None:
     return None if first is None or second is None else first - second
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else round(value, 4)
 
 
 def add_gains(measured: dict[str, Any], situation: Situation) -> None:

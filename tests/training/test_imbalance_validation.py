@@ -61,7 +61,6 @@ def content(**changes):
         "data": {"images": 100, "evaluated_images": 50},
         **measured.plain(),
         "advice": [vars(each) for each in advise(measured, OFF)],
-        "commit": "abc",
     }
     return json.loads(json.dumps(whole))
 
@@ -86,11 +85,7 @@ def test_the_page_is_what_the_results_say(validation):
 def test_the_figures_are_those_that_the_strength_is_the_least_of(validation):
     """Unevenness: 3/4 of the boxes use 0.3 too much of one map, the others 0.1; lost: 0.28 of 0.7."""
     of = validation.predictions(content(), validation.BASELINES["plain"])
-    assert {name: of[name] for name in ("commit", "images", "evaluated_images")} == {
-        "commit": "abc",
-        "images": 100,
-        "evaluated_images": 50,
-    }
+    assert (of["images"], of["evaluated_images"]) == (100, 50)
     assert of["sampler"]["figures"] == pytest.approx({"changed": 0.31, "hard minus random": 0.3})
     assert of["pyramid"]["figures"] == pytest.approx({"unevenness": 0.25, "likeness": 0.4})
     assert of["balanced_l1"]["figures"] == pytest.approx({"inliers' gain": 0.25, "growth": 1.9, "lost": 0.4})
@@ -100,9 +95,10 @@ def test_the_figures_are_those_that_the_strength_is_the_least_of(validation):
 
 def test_what_is_not_known_of_a_level_stays_out(validation):
     nan = float("nan")
-    feature = feature_level([[0.8, 0.2], [nan, nan]])
-    figures = validation.figures_of(content(feature=feature))["feature"]
-    assert figures["unevenness"] == pytest.approx(0.3)
+    one_level, none = feature_level([[0.8, 0.2], [nan, nan]]), feature_level([[nan, nan], [nan, nan]], before=nan)
+    of = [validation.predictions(content(feature=each), {"pyramid": "feature"}) for each in (one_level, none)]
+    assert [each["pyramid"]["figures"]["unevenness"] for each in of] == [0.3, None]
+    assert of[1]["pyramid"]["figures"]["likeness"] is None
 
 
 def test_the_program_writes_what_is_read(validation, coco_root, edit, tmp_path, monkeypatch):
@@ -116,7 +112,7 @@ def test_the_program_writes_what_is_read(validation, coco_root, edit, tmp_path, 
     monkeypatch.setattr(validation.imbalance_report, "save_imbalance", lambda *_: None)
     checkpoint = save_untrained(tmp_path / "run" / "checkpoint.pth", data_path=coco_root)
     of = validation.predictions(validation.report(checkpoint, 1), validation.BASELINES["plain_beta_1"])
-    assert set(of) == {"commit", "images", "evaluated_images", "balanced_l1"}
+    assert set(of) == {"images", "evaluated_images", "balanced_l1"}
     assert of["balanced_l1"]["figures"]["growth"] > 0
     assert [path.name for path in checkpoint.parent.iterdir()] == ["checkpoint.pth"]
 
@@ -166,6 +162,8 @@ def test_a_stop_loses_no_report_and_later_runs_are_taken_in(validation, reports,
     with pytest.raises(StopIteration):
         validation.update([first], 2, file, page)
     assert list(json.loads(file.read_text())["bccd_scratch"]["plain"]) == ["0", "1"]
+    validation.update([], 2, file, page)
+    assert cells(page.read_text(), "BCCD, from scratch", "`sampler`")[7:10] == ["2 seeds", "+4.0", "1 seed"]
 
     monkeypatch.undo()
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
