@@ -10,6 +10,7 @@ that file come the picture docs/images/imbalance_report.svg and the sentences in
 import argparse
 import json
 import math
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,9 @@ def advices(content: dict[str, Any]) -> list[Advice]:
 
 
 def sentences(advices: list[Advice]) -> str:
-    """Of the page."""
+    """A quotation of them, with the flags as code."""
     lines = (f"> **{each.level} level: {each.verdict}** ({each.strength:.2f}). {each.sentence}" for each in advices)
-    return "\n>\n".join(lines)
+    return re.sub(r"--[\w-]+", r"`\g<0>`", "\n>\n".join(lines))
 
 
 def draw(content: dict[str, Any], file: Path) -> None:

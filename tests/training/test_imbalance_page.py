@@ -1,6 +1,7 @@
 """The report on imbalances that the documentation shows: its figures, its picture, and what the page says of it."""
 
 import json
+import math
 import re
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,7 @@ from balanced_learning.detection.imbalance.objective_level import gradients
 from balanced_learning.training.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def page(monkeypatch):
 
 
 def test_the_documentation_is_what_the_figures_say(page, tmp_path):
-    content = json.loads((page.RESULTS / page.FILE).read_text())
+    content = json.loads((RESULTS / page.FILE).read_text())
     text = (ROOT / "docs/does_it_help.md").read_text()
     assert page.fill(text, {"imbalance": page.sentences(page.advices(content))}) == text
     assert page.sentences(page.advices(content)) in text
@@ -34,7 +36,7 @@ def test_the_documentation_is_what_the_figures_say(page, tmp_path):
 
 
 def test_figures_come_back_as_they_were_written(page, tmp_path):
-    content = json.loads((page.RESULTS / page.FILE).read_text())
+    content = json.loads((RESULTS / page.FILE).read_text())
     assert page.measured(content).plain() == {name: content[name] for name in ("sample", "feature", "objective")}
     paths = {"detector": {"weights_backbone": "/home/me/w.pth"}, "data": {"data_path": "/home/me/bccd"}}
     report = content | {part: content[part] | paths[part] for part in paths} | {"advice": []}
@@ -58,6 +60,17 @@ def test_it_is_true_what_the_page_says_of_box_losses():
     assert (balanced > papers).all()
     assert torch.equal((balanced < ours)[:-1], (errors > 0.0065) & (errors < 0.3346))
     assert balanced[-1] / ours[-1] == 1.5
+
+
+def test_it_is_true_what_the_page_says_of_seeds():
+    stats = pytest.importorskip("scipy.stats")
+    ap = {name: run["AP"] for name, run in json.loads((RESULTS / "training_shapes.json").read_text())["runs"].items()}
+    ours, plain = ([ap[name] for name in sorted(ap) if name.startswith(of)] for of in ("Libra", "plain"))
+    differences = [a - b for a, b in zip(ours, plain, strict=True)]
+    assert min(differences) < 0 < max(differences)
+    factors = [round(float(stats.t.ppf(0.975, seeds - 1)) / math.sqrt(seeds), 1) for seeds in (3, 5, 10)]
+    words = " ".join((ROOT / "docs/does_it_help.md").read_text().split())
+    assert "times {} with three seeds, {} with five and {} with ten".format(*factors) in words
 
 
 def texts(file: Path) -> list[str]:
