@@ -130,7 +130,8 @@ def _commands(results: Results) -> str:
 def _command(name: str, situation: Situation) -> str:
     """What trains the rows of a situation."""
     rows = [] if situation["is_whole"] else ["--rows", *ordered(situation)]
-    words = ["--table", "study", *rows, "--seeds", *map(str, situation["seeds"]), "--data-path", situation["data"]]
+    seeds = sorted({seed for row in situation["rows"].values() for seed in row["seeds"]}, key=int)
+    words = ["--table", "study", *rows, "--seeds", *seeds, "--data-path", situation["data"]]
     words += ["--output-dir", f"runs/{name}", *(["--", *situation["options"]] if situation["options"] else [])]
     return f".venv/bin/python examples/reproduce.py {shlex.join(words)}"
 

@@ -125,7 +125,8 @@ def _answer(found: list[Point]) -> str:
         f"The verdict is right in {right} of {len(decided)} cases that are decided. Always to say that a part helps "
         f"would be right in {helped} of them, and never to in {len(decided) - helped}."
     )
-    of_strengths = f"Spearman's rank correlation of strength and gain over {len(gained)} points: {_signed(rho)}."
+    number = f"{len(gained)} point{'' if len(gained) == 1 else 's'}"
+    of_strengths = f"Spearman's rank correlation of strength and gain over {number}: {_signed(rho)}."
     return f"{of_verdicts if decided else 'No case is decided yet.'} {of_strengths}"
 
 

@@ -17,17 +17,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from _common import RESULTS
 from _study_results import Situation, values
 from _validation import BASELINES, Validation, block
-from balanced_learning.detection.imbalance.feature_level import FeatureLevel
 from balanced_learning.training.endings import ends_in_one_line
 from balanced_learning.training.files import write_text
-from balanced_learning.training.imbalance.advice import likeness, unevenness
+from balanced_learning.training.imbalance.advice import approach, likeness, unevenness
 from balanced_learning.training.settings import positive
 from examples import imbalance_report
+from imbalance_page import measured
 from study import ROOT, as_json, fill, gather, read_results
 
 FILE = "imbalance_validation.json"
@@ -47,16 +45,16 @@ def update(folders: list[Path], batches: int, file: Path, page: Path) -> None:
     results: Validation = read_results(file)
     for folder in folders:
         situation, name = gather(folder), folder.resolve().name
-        measured = results.setdefault(name, {})
+        of_name = results.setdefault(name, {})
         done = {row: situation["rows"].get(row, {}).get("seeds", {}) for row in BASELINES}
-        left = [(row, seed) for row in done for seed in done[row] if seed not in measured.get(row, {})]
+        left = [(row, seed) for row in done for seed in done[row] if seed not in of_name.get(row, {})]
         for number, (row, seed) in enumerate(left, 1):
             print(f"{name}: report {number} of {len(left)}, {row} with seed {seed}", flush=True)
             content = report(folder / "runs" / "study" / row / f"seed_{seed}" / "checkpoint.pth", batches)
-            measured.setdefault(row, {})[seed] = predictions(content, BASELINES[row])
-            add_gains(measured, situation)
+            of_name.setdefault(row, {})[seed] = predictions(content, BASELINES[row])
+            add_gains(of_name, situation)
             write(file, results)
-        add_gains(measured, situation)
+        add_gains(of_name, situation)
     if folders:
         write(file, results)
     text = block(results)
@@ -91,42 +89,38 @@ def predictions(content: dict[str, Any], levels: dict[str, str]) -> dict[str, An
     return {**data, **parts}
 
 
-def figures_of(content: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """The figures that the strength of each level rests on, and the gradient that balanced L1 adds."""
-    above, objective = content["sample"]["above"], content["objective"]
-    feature = dict(content["feature"])
-    for name in ("contribution", "likeness_before", "likeness_after"):
-        feature[name] = torch.tensor([[math.nan if x is None else x for x in row] for row in feature[name]])
-    level = FeatureLevel(**feature)
+def figures_of(content: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The figures that the strength of each level rests on, and others that it could rest on."""
+    of = measured(content)
+    sample, objective, ap50 = of.sample, of.objective, content["objective"]["AP50"]
     return {
         "sample": {
-            "changed": content["sample"]["changed"],
-            "hard minus random": _minus(above["hard"], above["random"]),
-        },
-        "feature": {"unevenness": unevenness(level), "likeness": likeness(level.likeness_before)},
+            "changed": sample.changed,
+            "approach": approach(sample),
+            "hard minus random": sample.above["hard"] - sample.above["random"],
+        }
+        if sample
+        else {},
+        "feature": {"unevenness": unevenness(of.feature), "likeness": likeness(of.feature.likeness_before)},
         "objective": {
-            "inliers' gain": _minus(objective["of_total_balanced"], objective["of_total"]),
-            "growth": objective["growth"],
-            "lost": objective["difference"] / objective["AP50"] if objective["AP50"] else None,
+            "inliers' gain": objective.of_total_balanced - objective.of_total,
+            "growth": objective.growth,
+            "lost": of.difference / ap50 if ap50 and of.difference is not None else math.nan,
         },
     }
 
 
-def _minus(first: float | None, second: float | None) -> float | None:
-    return None if first is None or second is None else first - second
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 4)
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None or math.isnan(value) else round(value, 4)
-
-
-def add_gains(measured: dict[str, Any], situation: Situation) -> None:
+def add_gains(rows: dict[str, Any], situation: Situation) -> None:
     """Puts beside each prediction what the part added to the AP of its baseline with that seed, in points."""
     for row, parts in BASELINES.items():
         before = values(situation, row, "AP")
         for part in parts:
             after = values(situation, part, "AP")
-            for seed, of_seed in measured.get(row, {}).items():
+            for seed, of_seed in rows.get(row, {}).items():
                 is_known = seed in before and seed in after
                 of_seed[part]["gain"] = round(after[seed] - before[seed], 4) if is_known else None
 

@@ -6,8 +6,8 @@
 Takes output folders of `examples/reproduce.py --table study`. The name of a folder is that of its situation: the data,
 and what the detector starts from, as in bccd_finetuned or deeppcb_scratch. Writes benchmarks/results/study.json, with
 the metrics of each finished run, its AP over the epochs, versions, device and commit; situations that are not among the
-folders stay as they are in it. From that file come the parts of docs/study.md and README.md between markers, and the
-pictures docs/images/study_*.svg.
+folders stay as they are in it. From that file come the parts of docs/study.md, docs/does_it_help.md and README.md
+between markers, and the pictures docs/images/study_*.svg.
 """
 
 import argparse
@@ -23,11 +23,13 @@ from _study_tables import COSTS, METRICS, blocks, table
 from balanced_learning.training.endings import ends_in_one_line
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.files import write_text
-from balanced_learning.training.reproduction.folders import read_rows, read_settings
+from balanced_learning.training.flags import as_typed
+from balanced_learning.training.reproduction.folders import has_finished, read_rows, read_settings
+from balanced_learning.training.reproduction.results import device_of, distinct
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = "study.json"
-# Of the first run; the rows differ in none of them.
+# The rows differ in none of them.
 SETTINGS = ("backbone", "weights_backbone", "min_size", "max_size", "batch_size", "epochs", "opt", "lr", "lr_scheduler")
 
 
@@ -46,7 +48,7 @@ def update(folders: list[Path], file: Path, root: Path) -> None:
     results = {name: results[name] for name in sorted(results) if results[name]["rows"]}
     if folders:
         write_text(file, as_json(results, levels=5) + "\n")
-    for page in (root / "docs" / "study.md", root / "README.md"):
+    for page in (root / "docs" / "study.md", root / "docs" / "does_it_help.md", root / "README.md"):
         text = page.read_text(encoding="utf-8")
         write_text(page, fill(text, {**blocks(results), "study": table(results)}))
     draw(results, root / "docs")
@@ -69,26 +71,47 @@ def gather(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: holds no table_study.json that can be read ({error})") from None
     rows: dict[str, Any] = {}
-    settings: dict[str, Any] = {}
-    for row in study["rows"]:
-        done = [seed for seed, run in row["runs"].items() if run["status"] == "finished"]
-        runs = {seed: folder / "runs" / row["recipe"] / f"seed_{seed}" for seed in done}
-        if runs:
-            seeds = {seed: read_run(run) for seed, run in runs.items()}
+    runs: list[Path] = []
+    for row in study["rows"]:  # whatever seeds the last call was about
+        done = {run.name.removeprefix("seed_"): run for run in _finished(folder / "runs" / row["recipe"])}
+        if done:
+            seeds = {seed: read_run(run) for seed, run in done.items()}
             rows[row["name"]] = {"label": row["label"], "baseline": row["baseline"], "seeds": seeds}
-            settings = settings or read_settings(runs[done[0]])
+            runs += done.values()
+    made = [read_settings(run) for run in runs]
     return {
         "data": Path(study["data"]).name,
         "images": study["images"],
         "options": [without_folder(word) for word in study["options"]],
-        "seeds": study["seeds"],
         "is_whole": len(rows) == len(study["rows"]),
-        "settings": {name: without_folder(settings[name]) for name in SETTINGS if name in settings},
-        "versions": [{key: each[key] for key in each if key != "files"} for each in study["versions"] if each],
-        "device": study["device"],
+        "settings": shared_settings(runs, made),
+        "versions": distinct(
+            [{key: value for key, value in each["versions"].items() if key != "files"} for each in made]
+        ),
+        "device": "; ".join(distinct([device_of(each) for each in made])),
         "commit": study["commit"],
         "rows": rows,
     }
+
+
+def _finished(folder: Path) -> list[Path]:
+    """The folders of a row's runs that are over, by seed."""
+    runs = sorted(folder.glob("seed_*"), key=lambda run: int(run.name.removeprefix("seed_")))
+    return [run for run in runs if has_finished(run)]
+
+
+def shared_settings(runs: list[Path], made: list[dict[str, Any]]) -> dict[str, Any]:
+    """The settings that all runs have in common.
+
+    Raises:
+        UserError: if one of them has another, which would be compared with the others.
+    """
+    for run, settings in zip(runs, made, strict=True):
+        for name in SETTINGS:
+            if settings[name] != made[0][name]:
+                here, there = as_typed(name, settings[name]), as_typed(name, made[0][name])
+                raise UserError(f"{run}: was made with {here}, and {runs[0]} with {there}")
+    return {name: without_folder(made[0][name]) for name in SETTINGS} if made else {}
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """Trains the rows of the paper's Tables 1 to 6 and writes each table, published numbers beside measured ones.
 
---table study is a study of the parts, each alone and together, that a CPU can make.
-
     python examples/reproduce.py --table 6 --data-path coco --dry-run                 # the commands, and their hours
     python examples/reproduce.py --table 6 --data-path coco --seeds 0 1 2             # on all GPUs
     python examples/reproduce.py --table 1 --rows faster_rcnn_r50_1x libra_rcnn_r50_1x --data-path coco
+    python examples/reproduce.py --table study --data-path bccd --seeds 0 1 2 3 4   # each part alone, on a CPU in hours
     python examples/reproduce.py --table all -- --small --epochs 1 --limit 8          # all in little, on drawn shapes
 
 What follows -- are options of train_torchvision_libra.py, and go before the recipes. The runs lie in runs/RECIPE/seed_N

@@ -12,7 +12,7 @@ from balanced_learning.detection.imbalance.expected_draws import (
 )
 
 DRAWS = 500
-IOUS = torch.tensor([0.01] * 150 + [0.12] * 30 + [0.22] * 15 + [0.31] * 9 + [0.44] * 6 + [0.9] * 12 + [0.6] * 3)
+IOUS = torch.tensor([0.01] * 150 + [0.12] * 30 + [0.24] * 15 + [0.31] * 9 + [0.44] * 6 + [0.9] * 12 + [0.6] * 3)
 LABELS = torch.tensor([0] * 210 + [1] * 12 + [-1] * 3)
 
 

@@ -51,17 +51,24 @@ def state(model: nn.Module) -> dict[str, object]:
         "poolers": [
             (module.scales, module.map_levels) for module in model.modules() if isinstance(module, MultiScaleRoIAlign)
         ],
-        "matchers": {key: value for key, value in vars(model).items() if not key.startswith("_")},
+        "attributes": {key: value for key, value in vars(model).items() if not key.startswith("_")},
     }
 
 
-@pytest.mark.parametrize("make", [sample_meter, LevelMeter, objective_meter])
-@pytest.mark.parametrize("parts", [None, {}])
-def test_a_detector_is_afterwards_as_before(build, images, targets, basic_kind, make, parts):
-    if make is sample_meter and basic_kind == "retinanet":
-        pytest.skip("it samples nothing")
-    model = training_detector(build, basic_kind)
-    if parts is not None:
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (sample_meter, "fasterrcnn"),
+        (LevelMeter, "fasterrcnn"),
+        (LevelMeter, "retinanet"),
+        (objective_meter, "fasterrcnn"),
+        (objective_meter, "retinanet"),
+    ],
+)
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_detector_is_afterwards_as_before(build, images, targets, make, kind, balanced):
+    model = training_detector(build, kind)
+    if balanced:
         apply_libra(model)
     before, weights = state(model), {name: value.clone() for name, value in model.state_dict().items()}
     given = [{name: value.clone() for name, value in target.items()} for target in targets]
@@ -80,7 +87,7 @@ def test_a_detector_is_afterwards_as_before(build, images, targets, basic_kind, 
     def fail(*_: object) -> Tensor:
         raise RuntimeError("broken")
 
-    last = model.head.classification_head if basic_kind == "retinanet" else model.roi_heads.box_head
+    last = model.head.classification_head if kind == "retinanet" else model.roi_heads.box_head
     broken = last.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="broken"):
         meter.add(images, given)

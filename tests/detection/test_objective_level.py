@@ -179,12 +179,17 @@ def test_batches_count_by_their_images(build, images, targets):
     assert meter.result().positives == 4 + 3
 
 
-def test_of_nothing_little_is_known(build, images, empty_targets):
-    model = predicting(build, 0.5)
-    for result in (measure(model, images, empty_targets), ObjectiveMeter(model, LOSS, 1.0).result()):
+@pytest.mark.parametrize("parts", [{}, {"box_loss": True}])
+def test_of_nothing_little_is_known(build, images, targets, empty_targets, parts):
+    model = predicting(build, 0.5, **parts)
+    meter = ObjectiveMeter(model, LOSS, 1.0)
+    for result in (measure(model, images, empty_targets), meter.result()):
         assert result.positives == 0
         shares = (result.inliers, result.of_total, result.of_sample, result.to_outlier, result.of_total_balanced)
         assert all(map(math.isnan, (*shares, result.box_loss, result.class_loss, result.ratio, result.growth)))
+    for batch in (empty_targets, targets):
+        meter.add(images, [{**target, "proposals": torch.zeros(0, 4)} for target in batch])
+    assert repr(meter.result()) == repr(measure(model, images, targets))  # a batch without boxes adds nothing
 
 
 @pytest.mark.parametrize("parts", [None, {}])

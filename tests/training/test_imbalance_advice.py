@@ -14,6 +14,7 @@ from balanced_learning.training.imbalance.advice import (
     advise_box_loss,
     advise_pyramid,
     advise_sampler,
+    approach,
     likeness,
     unevenness,
 )
@@ -26,10 +27,14 @@ NAN = math.nan
 BELOW = 1e-6
 
 
-def sampled(changed: float, gap: float = 1.0, **more):
-    """Of negatives so many of which sampling changes, and hard ones above IoU 0.05 by so much more than random ones."""
-    above = {"all": 0.0, "hard": gap, "random": 0.0, "IoU-balanced": 0.0}
-    return sample_level(changed=changed, above=above, **more)
+def sampled(changed: float, nearer: float = 1.0, **more):
+    """Of negatives so many of which sampling changes, and whose IoUs it brings so much nearer to those of the hard."""
+    random = [nearer, 1 - nearer] if nearer > 0 else [0.0, 1.0]
+    balanced = [0.0, 1.0] if nearer > 0 else [-nearer, 1 + nearer]
+    shares = {"all": random, "hard": [0.0, 1.0], "random": random, "IoU-balanced": balanced}
+    return sample_level(
+        changed=changed, shares={name: torch.tensor(each, dtype=torch.float64) for name, each in shares.items()}, **more
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,7 +50,7 @@ def sampled(changed: float, gap: float = 1.0, **more):
 )
 @pytest.mark.parametrize("config", [ON, OFF])
 def test_a_verdict_follows_from_the_lesser_of_what_changes_and_what_there_is_to_gain(strength, verdict, config):
-    for level in (sampled(strength), sampled(1.0, gap=strength)):
+    for level in (sampled(strength), sampled(1.0, nearer=strength)):
         advice = advise_sampler(level, config)
         assert (advice.verdict, advice.strength) == (verdict, pytest.approx(strength))
     for balanced, ap50, ap75 in ((strength, 1.0, 0.0), (1.0, 1.0, 1.0 - strength), (strength, None, None)):
@@ -104,9 +109,16 @@ def test_too_few_negatives_are_told_with_what_makes_more():
 
 
 def test_negatives_that_are_hard_at_low_iou_are_not_for_iou_balanced_sampling():
-    advice = advise_sampler(sampled(0.4, gap=-0.2), OFF)
+    advice = advise_sampler(sampled(0.4, nearer=-0.2), OFF)
     assert (advice.verdict, advice.strength) == ("nothing", 0)
-    assert "not towards hard ones" in advice.sentence
+    assert "not to what is more like the hard ones: 60 % of those, 30 % of random" in advice.sentence
+
+
+def test_how_much_nearer_to_hard_negatives_sampling_comes():
+    rows = {"hard": [0.2, 0.3, 0.5], "random": [0.7, 0.2, 0.1], "IoU-balanced": [0.3, 0.3, 0.4], "all": [1.0, 0.0, 0.0]}
+    assert approach(sample_level(shares={name: torch.tensor(row) for name, row in rows.items()})) == pytest.approx(
+        0.5 - 0.1
+    )
 
 
 def test_an_empty_bin_is_told():
@@ -126,12 +138,14 @@ def test_errors_that_are_all_inliers_leave_balanced_l1_nothing_to_do_but_to_be_l
     inliers = objective_level(inliers=1.0, of_total=1.0, of_total_balanced=1.0, to_outlier=NAN, growth=1.4)
     advice = advise_box_loss(inliers, 0.7, 0.4, OFF)
     assert (advice.verdict, advice.strength, advice.knob) == ("nothing", 0, "--box-loss-weight")
-    assert "1.4 times the gradient" in advice.sentence
+    assert "1.4 times as large, as with --box-loss-weight 1.4." in advice.sentence
     as_large = advise_box_loss(replace(inliers, growth=1.1), 0.8, 0.4, OFF)
     assert as_large.knob == "--box-loss-weight"
     assert as_large.sentence.endswith(
         "But 50 % of AP50 is lost at an IoU of 0.75: a larger --box-loss-weight is worth a try."
     )
+    large_already = advise_box_loss(replace(inliers, growth=1.1, ratio=1.5), 0.8, 0.4, OFF)
+    assert (large_already.knob, large_already.sentence[-6:]) == ("--alpha, --gamma", " 0.75.")
     tight = advise_box_loss(replace(inliers, growth=1.1), 0.8, 0.78, OFF)
     assert (tight.knob, tight.sentence[-3:]) == ("--alpha, --gamma", "L1.")
 
@@ -153,7 +167,7 @@ def test_boxes_that_are_tight_need_no_other_loss():
 
 def test_what_could_not_be_measured_is_said():
     nothing = [
-        advise_sampler(sampled(NAN, gap=NAN, few_candidates=NAN, empty_bins=[NAN, NAN]), OFF),
+        advise_sampler(sampled(NAN, few_candidates=NAN, empty_bins=[NAN, NAN]), OFF),
         advise_pyramid(feature_level([[NAN, NAN], [NAN, NAN]]), OFF),
         advise_pyramid(feature_level([[0.5, 0.5], [NAN, NAN]], before=NAN), ON),
         advise_box_loss(objective_level(of_total=NAN, of_total_balanced=NAN, growth=NAN), 0.7, 0.4, OFF),

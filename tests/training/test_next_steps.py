@@ -35,6 +35,7 @@ def test_the_best_epoch_and_commands_that_can_be_typed():
     typed = [command.partition(": ")[2].split(maxsplit=1)[1] for command in commands]
     assert typed == [
         "/programs/predict.py out/checkpoint_best.pth 'my images/val2017'",
+        "/programs/imbalance_report.py --resume out/checkpoint_best.pth",
         "/programs/plot_sampling.py --resume out/checkpoint_best.pth",
         "/programs/plot_pyramid.py --resume out/checkpoint_best.pth",
         "/programs/train_torchvision_libra.py --recipe shapes --data-path FOLDER",
@@ -44,9 +45,9 @@ def test_the_best_epoch_and_commands_that_can_be_typed():
 @pytest.mark.parametrize(
     ("flags", "programs"),
     [
-        (["--no-pyramid"], {"predict.py", "plot_sampling.py"}),
-        (["--no-sampler"], {"predict.py", "plot_pyramid.py"}),
-        (["--model", "libra_retinanet"], {"predict.py", "plot_pyramid.py"}),
+        (["--no-pyramid"], {"predict.py", "imbalance_report.py", "plot_sampling.py"}),
+        (["--no-sampler"], {"predict.py", "imbalance_report.py", "plot_pyramid.py"}),
+        (["--model", "libra_retinanet"], {"predict.py", "imbalance_report.py", "plot_pyramid.py"}),
         (["--model", "libra_rpn"], {"predict.py", "train_torchvision_libra.py", "plot_pyramid.py"}),
         (["--model", "libra_fastrcnn", "--proposals", "p.npy", "--no-sampler", "--no-pyramid"], set()),
         (["--model", "libra_fastrcnn", "--proposals", "p.npy"], {"plot_sampling.py", "plot_pyramid.py"}),

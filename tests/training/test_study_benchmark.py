@@ -30,34 +30,35 @@ def tables(study, monkeypatch):
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """A copy of the page, and a README with the marker."""
+    """A copy of the page, and others with a marker."""
     (tmp_path / "docs" / "images").mkdir(parents=True)
     (tmp_path / "docs" / "study.md").write_text((ROOT / "docs" / "study.md").read_text())
-    (tmp_path / "README.md").write_text("# Title\n\n<!-- study -->\nold\n\n<!-- end of study -->\n\nText.\n")
+    for name in ("README.md", "docs/does_it_help.md"):
+        (tmp_path / name).write_text("# Title\n\n<!-- study -->\nold\n\n<!-- end of study -->\n\nText.\n")
     return tmp_path
 
 
-def make_folder(folder: Path, ap: dict[str, dict[int, Any]], seeds: int = 3) -> Path:
-    """An output folder with the AP of rows by seed, as fractions; seeds without are to do. APs is not defined."""
+def make_folder(folder: Path, ap: dict[str, dict[int, float | None]], **settings: Any) -> Path:
+    """An output folder with the AP of rows by seed, as fractions; None: the run is not over. APs is not defined."""
+    settings = {"weights_backbone": "/home/me/weights.pth", "min_size": 224, "max_size": 320} | settings
+    settings |= {"opt": "adamw", "lr": 0.0005, "lr_scheduler": "cosineannealinglr", "backbone": "mobilenet_v2"}
+    settings |= {"epochs": 3, "batch_size": 4, "accumulation_steps": 1, "world_size": 1, "patience": None}
+    settings |= {"device": "cpu", "versions": {"torch": "2.14.1", "files": "/home/me/_cpu.so"}}
     rows = []
     for name, by_seed in ap.items():
-        runs = {f"{seed}": {"status": "finished" if seed in by_seed else "to do"} for seed in range(seeds)}
-        rows += [{"name": name, "label": LABELS.get(name, name), "recipe": f"study/{name}", "runs": runs}]
+        rows += [{"name": name, "label": LABELS.get(name, name), "recipe": f"study/{name}"}]
         rows[-1]["baseline"] = None if name == "plain" else "plain"
         for seed, value in by_seed.items():
             run = folder / "runs" / "study" / name / f"seed_{seed}"
             run.mkdir(parents=True)
             metrics = dict.fromkeys(("AP", "AP50", "AP75", "APm", "APl"), value) | {"APs": None}
             metrics |= {f"dAP50/{kind}": 0.02 for kind in KINDS} | {"AP/RBC": 0.9}
-            lines = [{"epoch": 0, "loss": 2.0}, {"epoch": 1, **metrics, "AP": value / 2}, {"epoch": 2, **metrics}]
+            lines = [{"epoch": 0, "loss": 2.0}, {"epoch": 1, **metrics, "AP": (value or 0.3) / 2}]
+            lines += [{"epoch": 2, **metrics}] if value else []
             (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-            counts = {"epochs": 3, "batch_size": 4, "accumulation_steps": 1, "world_size": 1, "patience": None}
-            settings = {"weights_backbone": "/home/me/weights.pth", "min_size": 224, "max_size": 320}
-            settings |= {"opt": "adamw", "lr": 0.0005, "lr_scheduler": "cosineannealinglr"}
-            (run / "args.json").write_text(json.dumps(counts | settings))
-    table = {"data": "/home/me/data/bccd", "images": {"train": 292, "val": 72}, "seeds": list(range(seeds))}
-    table |= {"options": ["--weights-backbone", "/home/me/weights.pth"], "rows": rows, "commit": "abc"}
-    table |= {"versions": [{"torch": "2.14.1", "files": "/home/me/_cpu.so"}], "device": "1 x CPU"}
+            (run / "args.json").write_text(json.dumps(settings))
+    table = {"data": "/home/me/data/bccd", "images": {"train": 292, "val": 72}, "rows": rows, "commit": "abc"}
+    table |= {"options": ["--weights-backbone", "/home/me/weights.pth"]}
     (folder / "table_study.json").write_text(json.dumps(table))
     return folder
 
@@ -66,16 +67,17 @@ def test_the_documentation_is_what_the_results_say(study):
     """README and page, and the pictures that they show; before there are results, the page says so."""
     results = study.read_results(study.RESULTS / study.FILE)
     parts = {**study.blocks(results), "study": study.table(results)}
-    page, readme = ((ROOT / name).read_text() for name in ("docs/study.md", "README.md"))
+    page = (ROOT / "docs/study.md").read_text()
     for name in study.blocks(results):
         assert f"<!-- {name} -->\n{parts[name]}\n\n<!-- end of {name} -->" in page
-    assert study.fill(readme, parts) == readme
+    for text in ((ROOT / name).read_text() for name in ("README.md", "docs/does_it_help.md")):
+        assert f"<!-- study -->\n{parts['study']}\n\n<!-- end of study -->" in text
     pictures = {path.name for path in (ROOT / "docs" / "images").glob("study_*")}
     assert pictures == set(re.findall(r"\]\(images/([^)]+)\)", page))
 
 
 def test_unfinished_runs_are_left_out_and_undefined_metrics_stay_so(study, root):
-    folder = make_folder(root / "bccd_scratch", {"plain": {0: 0.4, 2: 0.5}, "libra": {2: 0.5625}, "l1": {}})
+    folder = make_folder(root / "bccd_scratch", {"plain": {0: 0.4, 1: None, 10: 0.5}, "libra": {10: 0.5625}, "l1": {}})
     study.update([folder], root / "study.json", root)
     text = (root / "study.json").read_text()
     assert "/home/me" not in text
@@ -84,22 +86,23 @@ def test_unfinished_runs_are_left_out_and_undefined_metrics_stay_so(study, root)
     assert situation["options"] == ["--weights-backbone", "weights.pth"]
     assert situation["settings"]["weights_backbone"] == "weights.pth"
     assert {name: list(row["seeds"]) for name, row in situation["rows"].items()} == {
-        "plain": ["0", "2"],
-        "libra": ["2"],
+        "plain": ["0", "10"],
+        "libra": ["10"],
     }
-    run = situation["rows"]["libra"]["seeds"]["2"]
+    run = situation["rows"]["libra"]["seeds"]["10"]
     assert (run["AP"], run["APs"], run["dAP50/missed"]) == (56.25, None, 2.0)
     assert run["curve"] == [[2, 28.125], [3, 56.25]]
-    command = "--rows plain libra --seeds 0 1 2 --data-path bccd --output-dir runs/bccd_scratch -- --weights-backbone"
+    command = "--rows plain libra --seeds 0 10 --data-path bccd --output-dir runs/bccd_scratch -- --weights-backbone"
     assert f"reproduce.py --table study {command} weights.pth\n" in (root / "docs" / "study.md").read_text()
     (line,) = (line for line in text.splitlines() if "28.125" in line)  # a run is a line
-    assert json.loads("{" + line.strip().rstrip(",") + "}") == {"2": run}
+    assert json.loads("{" + line.strip().rstrip(",") + "}") == {"10": run}
 
 
 def test_one_pair_has_no_interval(tables, root):
     folder = make_folder(root / "bccd_scratch", {"plain": {0: 0.4, 2: 0.5}, "libra": {2: 0.5625}})
     tables.update([folder], root / "study.json", root)
     page, readme = ((root / name).read_text() for name in ("docs/study.md", "README.md"))
+    assert (root / "docs/does_it_help.md").read_text() == readme
     assert cells(page, "Libra", "`plain`")[2:6] == ["1 seed", "+6.2", "+6.2", "+6.2"]
     assert cells(page, "plain (`plain`)")[1:5] == ["2 seeds", "45.0 ± 7.1", "45.0 ± 7.1", "45.0 ± 7.1"]
     assert cells(readme, "BCCD, from scratch")[:3] == ["BCCD, from scratch", "1", "45.0 ± 7.1"]
@@ -144,6 +147,14 @@ def test_a_folder_without_a_table_is_named(tables, root):
     with pytest.raises(UserError, match=r"nowhere: holds no table_study\.json"):
         tables.update([root / "nowhere"], root / "study.json", root)
     assert not (root / "study.json").exists()
+
+
+def test_a_run_of_other_settings_is_not_compared(tables, root):
+    folder = make_folder(root / "bccd_scratch", {"plain": {0: 0.4, 1: 0.5}})
+    file = folder / "runs" / "study" / "plain" / "seed_1" / "args.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"epochs": 2}))
+    with pytest.raises(UserError, match=r"seed_1: was made with --epochs 2, and .*seed_0 with --epochs 3"):
+        tables.update([folder], root / "study.json", root)
 
 
 def cells(text: str, *first: str) -> list[str]:

@@ -14,8 +14,8 @@ from balanced_learning.training.imbalance.gathering import Measurements
 from balanced_learning.training.model import smooth_l1
 
 # Strengths from which a part is said to do a little, and from which it can help: a rule of thumb. On COCO, where each
-# part gained the paper about a point of AP, the strength of the sample level is about 0.3 (hard negatives lie above an
-# IoU of 0.05 in 60 % and random ones in 30 % of the cases); half of that is taken to be worth a try at every level.
+# part gained the paper about a point of AP, the strength of the sample level is about 0.3 (60 % of the hard negatives
+# and 30 % of random ones lie above an IoU of 0.05); half of that is taken to be worth a try at every level.
 LITTLE, CAN_HELP = 0.05, 0.15
 MOST = 0.5  # of the images: from here on the sentence tells of a bin that is empty, or of candidates that are too few
 LARGER = 1.2  # multiple of the box gradient from which the sentence tells that balanced L1 is a larger loss, too
@@ -55,16 +55,15 @@ def advise(measured: Measurements, config: Config) -> list[Advice]:
 def advise_sampler(level: SampleLevel | None, config: Config) -> Advice:
     """Of IoU-balanced sampling.
 
-    The strength is the share of the sampled negatives that it changes, or by how much the share of the hard negatives
-    above IoU 0.05 is larger than that of random ones, whichever is less.
+    The strength is the share of the sampled negatives that it changes, or how much nearer it brings their IoUs to those
+    of the hard ones, whichever is less.
     """
     if level is None:
         sentence = "Nothing to balance: a RetinaNet learns from all anchors, and samples none."
         return Advice("sample", "nothing", 0.0, sentence, None, None)
     is_on = config.model.sampler
     flag, knob = _switch("sampler", is_on), "--num-bins"
-    hard, random = level.above["hard"], level.above["random"]
-    strength = _least(level.changed, hard - random)
+    strength = _least(level.changed, approach(level))
     verdict = verdict_of(strength)
     part = "IoU-balanced sampling, which is on," if is_on else "IoU-balanced sampling"
     does = f"{part} changes {percent(level.changed)} of the negatives that the second stage learns from"
@@ -77,12 +76,19 @@ def advise_sampler(level: SampleLevel | None, config: Config) -> Advice:
     elif level.changed < LITTLE:
         sentence = f"Nothing to balance: {does}."
     elif verdict == "nothing":
-        above = f"{percent(hard)} of the hard and {percent(random)} of random negatives are above an IoU of 0.05"
-        sentence = f"{does}, but not towards hard ones: {above}."
+        hard, random, balanced = (percent(level.above[name]) for name in ("hard", "random", "IoU-balanced"))
+        above = f"{hard} of those, {random} of random and {balanced} of IoU-balanced ones are above an IoU of 0.05"
+        sentence = f"{does}, but not to what is more like the hard ones: {above}."
     else:
         bins = f"{knob} ({config.libra.num_bins} now)" if is_on else f"{knob} 2 to 5"
         sentence = f"{does}: {_outlook(verdict, is_on, flag, bins)}{_empty_bin(level.empty_bins)}"
     return Advice("sample", verdict, strength, sentence, flag, knob)
+
+
+def approach(level: SampleLevel) -> float:
+    """How much nearer IoU-balanced negatives are to the hard ones than random ones, as a share of them, by IoU."""
+    hard, random, balanced = (level.shares[name] for name in ("hard", "random", "IoU-balanced"))
+    return ((hard - random).abs().sum() - (hard - balanced).abs().sum()).item() / 2
 
 
 def _empty_bin(shares: list[float]) -> str:
@@ -103,7 +109,7 @@ def advise_pyramid(level: FeatureLevel, config: Config) -> Advice:
     before, after = likeness(level.likeness_before), likeness(level.likeness_after)
     strength = _least(after - before) if is_on else _least(uneven, 1 - before)
     verdict = verdict_of(strength)
-    uses = f"to use all maps of the backbone alike, objects would have to take {percent(uneven)} from others"
+    uses = f"for all maps of the backbone to count alike, {percent(uneven)} of what detections use would be from others"
     if math.isnan(uneven) or math.isnan(before):
         sentence = "Not measured: there is no object to follow, or only one level."
     elif is_on:
@@ -119,7 +125,7 @@ def advise_pyramid(level: FeatureLevel, config: Config) -> Advice:
 def unevenness(level: FeatureLevel) -> float:
     """The share of what detections use that would have to come from other maps of the backbone, to use all alike."""
     rows, num_maps = level.contribution.tolist(), level.contribution.shape[1]
-    known = [(boxes, row) for boxes, row in zip(level.boxes, rows, strict=True) if boxes > 0 and not math.isnan(row[0])]
+    known = [(boxes, row) for boxes, row in zip(level.boxes, rows, strict=True) if not math.isnan(row[0])]
     moved = math.fsum(boxes * sum(max(0.0, share - 1 / num_maps) for share in row) for boxes, row in known)
     return moved / math.fsum(boxes for boxes, _ in known) if known else math.nan
 
@@ -152,12 +158,13 @@ def advise_box_loss(level: ObjectiveLevel, ap50: float | None, ap75: float | Non
         sentence = "Not measured: there is no box to learn from."
     elif gain < LITTLE:
         sentence = f"Nothing to balance: {shares}."
-        if level.growth >= LARGER or lost >= CAN_HELP:
+        if level.growth >= LARGER or (lost >= CAN_HELP and level.ratio < 1):
             knob = "--box-loss-weight"
         if level.growth >= LARGER:
-            sentence += f" That loss has {level.growth:.1f} times the gradient, which {knob} gives, too."
+            times = f"{level.growth:.1f}"
+            sentence += f" The gradient of balanced L1 is {times} times as large, as with {knob} {times}."
         elif lost >= CAN_HELP:
-            sentence += f" But {losses}: a larger {knob} is worth a try."
+            sentence += f" But {losses}{f': a larger {knob} is worth a try' if level.ratio < 1 else ''}."
     elif verdict == "nothing":
         sentence = f"{_sentence(shares)}, but boxes are tight: {losses}."
     else:

@@ -47,7 +47,7 @@ def _feature_rows(measured: Measurements) -> list[Row]:
         )
         for name, boxes, shares in contribution
     ]
-    rows += [("to use all alike, from other maps would have to come", percent(unevenness(level)), "")]
+    rows += [("of that from others, for all maps to count alike", percent(unevenness(level)), "")]
     rows += [("likeness of the levels before integration (linear CKA)", decimal(likeness(level.likeness_before)), "")]
     rows += [("the same after it", decimal(likeness(level.likeness_after)), "")]
     return rows

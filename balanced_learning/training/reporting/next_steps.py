@@ -36,6 +36,8 @@ def next_steps(config: Config, rows: list[dict[str, Any]], programs: Path, image
     if model.is_rpn:
         flags: list[str | Path] = ["--resume", checkpoint, "--dump-proposals", folder / "proposals.npy"]
         commands["to write its proposals for Fast R-CNN"] = ["train_torchvision_libra.py", *flags]
+    if not (model.is_rpn or model.is_fast_rcnn):
+        commands["to learn which part can help"] = ["imbalance_report.py", "--resume", checkpoint]
     if model.sampler and not (model.is_rpn or model.is_retinanet):
         commands["to see what is sampled"] = ["plot_sampling.py", "--resume", checkpoint]
     if model.pyramid:

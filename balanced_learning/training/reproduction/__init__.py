@@ -1,1 +1,1 @@
-"""The paper's Tables 1 to 6, trained again: see ``examples/reproduce.py``."""
+"""The paper's Tables 1 to 6 and the study of the parts, trained: see ``examples/reproduce.py``."""

@@ -73,9 +73,12 @@ def _parsed(file: Path, text: str) -> Any:
 
 def is_finished(job: Job) -> bool:
     """Whether there is nothing left to do for a job, whatever settings that was done with."""
-    if job.dumps:
-        return read_maker(job.dumps) is not None
-    rows, there = read_rows(job.folder), read_settings(job.folder)
+    return has_finished(job.folder) if job.dumps is None else read_maker(job.dumps) is not None
+
+
+def has_finished(folder: Path) -> bool:
+    """Whether the run of a folder is over."""
+    rows, there = read_rows(folder), read_settings(folder)
     if not rows or not there:
         return False
     patience, waited = there.get("patience"), epochs_since_best(rows)

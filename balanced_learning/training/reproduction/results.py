@@ -62,8 +62,8 @@ def gather_table(
         "data": f"{request.data_path or 'drawn shapes'}",
         "images": images._asdict(),
         "options": list(request.options),
-        "versions": _distinct([each.get("versions") for each in settings]),
-        "device": "; ".join(_distinct([_device(each) for each in settings])),
+        "versions": distinct([each.get("versions") for each in settings]),
+        "device": "; ".join(distinct([device_of(each) for each in settings])),
         "commit": commit,
         "notes": [*table.notes, *_recipe_notes(table), *_notes(request, table, plan, images)],
         "rows": [_row(row, table, runs) for row in table.rows],
@@ -166,7 +166,7 @@ def _notes(request: Request, table: Table, plan: Plan, images: Images) -> list[s
     return notes + few
 
 
-def _device(settings: dict[str, Any]) -> str:
+def device_of(settings: dict[str, Any]) -> str:
     """What a run trained on, from its ``args.json``."""
     gpu = settings.get("versions", {}).get("gpu", "")
     is_cpu = str(settings.get("device")) == "cpu" or gpu.startswith("none")
@@ -174,5 +174,6 @@ def _device(settings: dict[str, Any]) -> str:
     return f"{count} x {'CPU' if is_cpu else gpu.split(', ')[0]}"
 
 
-def _distinct(values: list[Any]) -> list[Any]:
+def distinct(values: list[Any]) -> list[Any]:
+    """The values, each once, in their order; they need no hash."""
     return [value for i, value in enumerate(values) if value not in values[:i]]
