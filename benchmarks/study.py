@@ -6,8 +6,8 @@
 Takes output folders of `examples/reproduce.py --table study`. The name of a folder is that of its situation: the data,
 and what the detector starts from, as in bccd_finetuned or deeppcb_scratch. Writes benchmarks/results/study.json, with
 the metrics of each finished run, its AP over the epochs, versions, device and commit; situations that are not among the
-folders stay as they are in it. From that file come the parts of docs/study.md and README.md between markers, and the
-pictures docs/images/study_*.svg.
+folders stay as they are in it. From that file come the parts of docs/study.md, docs/does_it_help.md and README.md
+between markers, and the pictures docs/images/study_*.svg.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def update(folders: list[Path], file: Path, root: Path) -> None:
     results = {name: results[name] for name in sorted(results) if results[name]["rows"]}
     if folders:
         write_text(file, as_json(results, levels=5) + "\n")
-    for page in (root / "docs" / "study.md", root / "README.md"):
+    for page in (root / "docs" / "study.md", root / "docs" / "does_it_help.md", root / "README.md"):
         text = page.read_text(encoding="utf-8")
         write_text(page, fill(text, {**blocks(results), "study": table(results)}))
     draw(results, root / "docs")

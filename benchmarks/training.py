@@ -6,7 +6,8 @@
 
 Trains Libra Faster R-CNN and the plain one alike. Writes benchmarks/results/training_<case>.json with the last row of
 each run's metrics, the seconds it took, from start to end, and the device, versions and commit it ran with, and prints
-the table that the README has of it. A measurement that was stopped goes on where it was, if nothing has changed since.
+the table that the documentation has of it. A measurement that was stopped goes on where it was, if nothing has changed
+since.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Draws the pictures of the component pages. Those of the study are benchmarks/study.py's.
+"""Draws the pictures of the component pages. Those of the study are benchmarks/study.py's, that of the report
+on imbalances is benchmarks/imbalance_page.py's.
 
     python docs/pictures.py                 # writes docs/images/*.svg
 

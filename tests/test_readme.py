@@ -19,7 +19,7 @@ TEXTS = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTIN
     ("name", "benchmark", "text"),
     [
         ("training_shapes", "training", "README.md"),
-        ("training_bccd", "training", "README.md"),
+        ("training_bccd", "training", "docs/guides/own_data.md"),
         ("kernel_speed_cpu", "kernel_speed", "README.md"),
         ("sampler_speed_cpu", "sampler_speed", "README.md"),
         ("pyramid_speed_cpu", "pyramid_speed", "README.md"),
@@ -36,7 +36,9 @@ def test_figures_are_those_a_command_wrote(name, benchmark, text, monkeypatch):
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
 def test_options_of_the_script_exist(text):
-    commands = re.findall(r"train_torchvision_libra\.py (.*)", text.read_text())
+    commands = re.findall(
+        r"(?:train_torchvision_libra|imbalance_report)\.py (.*?)(?:`|$)", text.read_text(), re.MULTILINE
+    )
     rows = re.findall(r"^\|[^|]*\| (`--.*?)\|$", text.read_text(), re.MULTILINE)
     known = make_parser()._option_string_actions
     assert {flag for line in commands + rows for flag in re.findall(r"--[a-z-]+", line)} <= known.keys()

@@ -23,9 +23,9 @@ def config_of(*flags: object) -> Config:
     return read_command_line(make_parser().parse_args([str(flag) for flag in flags]))[0]
 
 
-def save_untrained(path: Path) -> Path:
+def save_untrained(path: Path, data_path: object = "-") -> Path:
     """Writes a checkpoint of random weights, with which a detector finds cats and dogs everywhere."""
-    config = config_of("--data-path", "-", *SMALL, "--output-dir", path.parent)
+    config = config_of("--data-path", data_path, *SMALL, "--output-dir", path.parent)
     labels = Labels({1: "cat", 2: "dog [old]"}, {1: 1, 2: 2}, num_classes=3)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -95,8 +95,9 @@ def test_it_reads_proposals(tmp_path, monkeypatch):
 
 def test_it_calls_the_program_as_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"examples/reproduce\.py (--.*)", GUIDE + (ROOT / "README.md").read_text())
-    assert len(commands) >= 5
+    texts = [GUIDE, *((ROOT / name).read_text() for name in ("README.md", "docs/does_it_help.md"))]
+    commands = [command for text in texts for command in re.findall(r"examples/reproduce\.py (--.*)", text)]
+    assert len(commands) >= 7
     for command in commands:
         assert make_plan(reproduce.read_request(reproduce.read_arguments(shlex.split(command, comments=True)))).jobs
 

@@ -30,10 +30,11 @@ def tables(study, monkeypatch):
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """A copy of the page, and a README with the marker."""
+    """A copy of the page, and others with a marker."""
     (tmp_path / "docs" / "images").mkdir(parents=True)
     (tmp_path / "docs" / "study.md").write_text((ROOT / "docs" / "study.md").read_text())
-    (tmp_path / "README.md").write_text("# Title\n\n<!-- study -->\nold\n\n<!-- end of study -->\n\nText.\n")
+    for name in ("README.md", "docs/does_it_help.md"):
+        (tmp_path / name).write_text("# Title\n\n<!-- study -->\nold\n\n<!-- end of study -->\n\nText.\n")
     return tmp_path
 
 
@@ -45,7 +46,7 @@ def make_folder(folder: Path, ap: dict[str, dict[int, float | None]], **settings
     settings |= {"device": "cpu", "versions": {"torch": "2.14.1", "files": "/home/me/_cpu.so"}}
     rows = []
     for name, by_seed in ap.items():
-        rows += [{"name": name, "label": LABELS[name], "recipe": f"study/{name}"}]
+        rows += [{"name": name, "label": LABELS.get(name, name), "recipe": f"study/{name}"}]
         rows[-1]["baseline"] = None if name == "plain" else "plain"
         for seed, value in by_seed.items():
             run = folder / "runs" / "study" / name / f"seed_{seed}"
@@ -66,10 +67,11 @@ def test_the_documentation_is_what_the_results_say(study):
     """README and page, and the pictures that they show; before there are results, the page says so."""
     results = study.read_results(study.RESULTS / study.FILE)
     parts = {**study.blocks(results), "study": study.table(results)}
-    page, readme = ((ROOT / name).read_text() for name in ("docs/study.md", "README.md"))
+    page = (ROOT / "docs/study.md").read_text()
     for name in study.blocks(results):
         assert f"<!-- {name} -->\n{parts[name]}\n\n<!-- end of {name} -->" in page
-    assert study.fill(readme, parts) == readme
+    for text in ((ROOT / name).read_text() for name in ("README.md", "docs/does_it_help.md")):
+        assert f"<!-- study -->\n{parts['study']}\n\n<!-- end of study -->" in text
     pictures = {path.name for path in (ROOT / "docs" / "images").glob("study_*")}
     assert pictures == set(re.findall(r"\]\(images/([^)]+)\)", page))
 
@@ -100,6 +102,7 @@ def test_one_pair_has_no_interval(tables, root):
     folder = make_folder(root / "bccd_scratch", {"plain": {0: 0.4, 2: 0.5}, "libra": {2: 0.5625}})
     tables.update([folder], root / "study.json", root)
     page, readme = ((root / name).read_text() for name in ("docs/study.md", "README.md"))
+    assert (root / "docs/does_it_help.md").read_text() == readme
     assert cells(page, "Libra", "`plain`")[2:6] == ["1 seed", "+6.2", "+6.2", "+6.2"]
     assert cells(page, "plain (`plain`)")[1:5] == ["2 seeds", "45.0 ± 7.1", "45.0 ± 7.1", "45.0 ± 7.1"]
     assert cells(readme, "BCCD, from scratch")[:3] == ["BCCD, from scratch", "1", "45.0 ± 7.1"]

@@ -64,7 +64,7 @@ def advise_sampler(level: SampleLevel | None, config: Config) -> Advice:
     is_on = config.model.sampler
     flag, knob = _switch("sampler", is_on), "--num-bins"
     strength = _least(level.changed, approach(level))
-    verdict = _verdict(strength)
+    verdict = verdict_of(strength)
     part = "IoU-balanced sampling, which is on," if is_on else "IoU-balanced sampling"
     does = f"{part} changes {percent(level.changed)} of the negatives that the second stage learns from"
     if math.isnan(level.changed):
@@ -108,7 +108,7 @@ def advise_pyramid(level: FeatureLevel, config: Config) -> Advice:
     uneven = unevenness(level)
     before, after = likeness(level.likeness_before), likeness(level.likeness_after)
     strength = _least(after - before) if is_on else _least(uneven, 1 - before)
-    verdict = _verdict(strength)
+    verdict = verdict_of(strength)
     uses = f"for all maps of the backbone to count alike, {percent(uneven)} of what detections use would be from others"
     if math.isnan(before) or (math.isnan(uneven) and not is_on):
         sentence = "Not measured: there is no object to follow, or only one level."
@@ -151,7 +151,7 @@ def advise_box_loss(level: ObjectiveLevel, ap50: float | None, ap75: float | Non
     gain = level.of_total_balanced - level.of_total
     lost = (ap50 - ap75) / ap50 if ap50 and ap75 is not None else math.nan
     strength = _least(gain) if math.isnan(lost) else _least(gain, lost)
-    verdict = _verdict(strength)
+    verdict = verdict_of(strength)
     part = "balanced L1, which is on" if is_on else "balanced L1"
     own, balanced = percent(level.of_total), percent(level.of_total_balanced)
     beta = smooth_l1(config).beta
@@ -183,10 +183,6 @@ def _least(*values: float) -> float:
     return 0.0 if any(map(math.isnan, values)) else min(1.0, max(0.0, min(values)))
 
 
-def _verdict(strength: float) -> str:
-    return "can help" if strength >= CAN_HELP else "little" if strength >= LITTLE else "nothing"
-
-
 def _switch(part: str, is_on: bool) -> str:
     """The flag that changes whether a part is on."""
     return f"--no-{part}" if is_on else f"--{part}"
@@ -200,6 +196,11 @@ def _outlook(verdict: str, is_on: bool, flag: str, knob: str) -> str:
 
 def _sentence(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def verdict_of(strength: float) -> str:
+    """What is said of a part with this strength."""
+    return "can help" if strength >= CAN_HELP else "little" if strength >= LITTLE else "nothing"
 
 
 def percent(share: float | None) -> str:

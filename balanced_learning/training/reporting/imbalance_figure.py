@@ -7,6 +7,7 @@ from textwrap import fill
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from balanced_learning.detection.imbalance.feature_level import FeatureLevel
@@ -23,10 +24,14 @@ VERDICTS = {"can help": GREEN, "little": "#b8860b", "nothing": "#777777"}
 
 
 def save_imbalance(path: Path, title: str, measured: Measurements, advices: Sequence[Advice]) -> None:
+    """Writes the page as PNG: see :func:`draw_imbalance`."""
+    save_figure(draw_imbalance(title, measured, advices), path, dpi=100)
+
+
+def draw_imbalance(title: str, measured: Measurements, advices: Sequence[Advice]) -> Figure:
     """Draws the three levels of a detector on one page.
 
     Args:
-        path: the PNG to write.
         title: what was measured, above all.
         measured: of the detector.
         advices: of each level, from the samples to the objective.
@@ -47,7 +52,7 @@ def save_imbalance(path: Path, title: str, measured: Measurements, advices: Sequ
         columns[0].text(0.5, 0.5, "all anchors are learned from:\nnothing is sampled", ha="center", size=12)
     _draw_features(columns[1], measured.feature)
     _draw_objective(columns[2], measured)
-    save_figure(figure, path, dpi=100)
+    return figure
 
 
 def _draw_samples(column: Any, level: SampleLevel, bins: list[float]) -> None:
