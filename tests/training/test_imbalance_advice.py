@@ -80,7 +80,7 @@ def test_the_paper_on_coco_can_be_helped():
 def test_what_balanced_l1_changes_is_told():
     assert advise_box_loss(objective_level(), 0.8, 0.4, OFF).sentence == (
         "Inliers give 30 % of the box gradient under smooth L1 of beta 0.11 and 55 % under balanced L1, "
-        "and 50 % of AP50 is lost at an IoU of 0.75: balanced L1 can help. Try --box-loss; --alpha, --gamma."
+        "and 50 % of AP50 is lost at an IoU of 0.75: balanced L1 can help. Try --box-loss; to tune it: --alpha, --gamma."
     )
 
 
@@ -88,7 +88,7 @@ def test_the_share_that_sampling_changes_is_told():
     sentence = advise_sampler(sample_level(), OFF).sentence
     assert sentence == (
         "IoU-balanced sampling changes 31 % of the negatives that the second stage learns from: can help. "
-        "Try --sampler; --num-bins 2 to 5."
+        "Try --sampler; to tune it: --num-bins 2 to 5."
     )
 
 

@@ -191,7 +191,7 @@ def _switch(part: str, is_on: bool) -> str:
 def _outlook(verdict: str, is_on: bool, flag: str, knob: str) -> str:
     """The end of a sentence whose subject is a part, or what it does."""
     found = "can help" if verdict == "can help" else "can help a little"
-    return f"{found}. {flag} tells by how much; {knob}." if is_on else f"{found}. Try {flag}; {knob}."
+    return f"{found}. {f'{flag} tells by how much' if is_on else f'Try {flag}'}; to tune it: {knob}."
 
 
 def _sentence(text: str) -> str:
