@@ -80,7 +80,8 @@ def test_the_paper_on_coco_can_be_helped():
 def test_what_balanced_l1_changes_is_told():
     assert advise_box_loss(objective_level(), 0.8, 0.4, OFF).sentence == (
         "Inliers give 30 % of the box gradient under smooth L1 of beta 0.11 and 55 % under balanced L1, "
-        "and 50 % of AP50 is lost at an IoU of 0.75: balanced L1 can help. Try --box-loss; to tune it: --alpha, --gamma."
+        "and 50 % of AP50 is lost at an IoU of 0.75: balanced L1 can help. "
+        "Try --box-loss; to tune it: --alpha, --gamma."
     )
 
 
