@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from _common import markdown
-from _study_results import BOX_LOSS, PAPERS_PLAIN, PLAIN, counted, title
+from _study_results import BOX_LOSS, PAPERS_PLAIN, PLAIN, counted, excludes_zero, title
 from _study_tables import of_difference
 from balanced_learning.training.imbalance.advice import verdict_of
 from balanced_learning.training.reproduction.spreads import interval, mean
@@ -51,13 +51,13 @@ class Point:
 
     @property
     def helped(self) -> bool | None:
-        """Whether the interval of the mean gain lies above 0; None where there is no interval."""
+        """Whether the mean gain is above or below 0; None where its interval holds 0, or where there is none."""
         bounds = interval(self.gains)
-        return None if bounds is None else bounds[0] > 0
+        return bounds[0] > 0 if bounds and excludes_zero(bounds) else None
 
     @property
     def is_right(self) -> bool | None:
-        """Whether the verdict is that something helps where it did, or "nothing" where it did not; None: undecided."""
+        """Whether the verdict is that something helps where it did, or "nothing" where it cost AP; None: undecided."""
         return None if self.helped is None else self.helped == (self.verdict != "nothing")
 
 

@@ -12,7 +12,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou
 
 from balanced_learning import BalancedFeaturePyramid
 from balanced_learning.detection import apply_libra
-from balanced_learning.detection.imbalance.alikeness import LinearCKA
+from balanced_learning.detection.imbalance.cka import LinearCKA
 from balanced_learning.detection.imbalance.feature_level import FeatureLevel, LevelMeter
 from balanced_learning.detection.proposals import second_stage
 

@@ -120,6 +120,7 @@ def test_nothing_is_compiled_for_so_little(coco_root, tmp_path, monkeypatch, und
         (["--model", "libra_rpn"], "--model libra_rpn: an RPN alone has no second stage"),
         (["--resume", "missing.pth"], "--resume missing.pth: no such file"),
         (["--resume", "auto"], "--resume auto: .* holds no checkpoint to measure"),
+        (["--replay", "skipped_00.pth"], "--replay skipped_00.pth: repeats a step of training"),
         (["--weights", "missing.pth"], "missing.pth"),
         (["--data-path", "missing"], "missing"),
     ],

@@ -11,8 +11,8 @@ from torchvision.models.detection import FasterRCNN, RetinaNet
 from ...pyramid import BalancedFeaturePyramid
 from ...resizing import resize
 from ..necks import find_refine_level
-from .alikeness import LinearCKA
-from .inside import watch
+from .cka import LinearCKA
+from .backbone_maps import watch
 from .step import Targets, check_detector, in_evaluation, positive_anchors, propose
 
 
@@ -40,7 +40,7 @@ class LevelMeter:
     the FPN, with activations a and gradient g of that sum, :math:`\sum |g \cdot a|` is taken. To first order it is what
     the score owes to the map; unlike the gradient alone it can be compared between maps of other scales and sizes.
 
-    **Likeness**: :class:`~balanced_learning.detection.imbalance.alikeness.LinearCKA` between the levels, resized as a
+    **Likeness**: :class:`~balanced_learning.detection.imbalance.cka.LinearCKA` between the levels, resized as a
     balanced pyramid resizes them to the level that it refines, at the positions that are in an image and not in its
     padding. Before integration they are the levels of the FPN; after it, of the model's own pyramid or, where it has
     none, of one that only integrates, ``BalancedFeaturePyramid(refine=None)``. Why CKA: it stays when the channels of a

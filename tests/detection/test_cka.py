@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from balanced_learning.detection.imbalance.alikeness import LinearCKA
+from balanced_learning.detection.imbalance.cka import LinearCKA
 
 
 def cka(*descriptions: Tensor, batch: int = 1000) -> Tensor:
