@@ -11,8 +11,8 @@ from torchvision.models.detection import FasterRCNN, RetinaNet
 from ...pyramid import BalancedFeaturePyramid
 from ...resizing import resize
 from ..necks import find_refine_level
-from .cka import LinearCKA
 from .backbone_maps import watch
+from .cka import LinearCKA
 from .step import Targets, check_detector, in_evaluation, positive_anchors, propose
 
 
