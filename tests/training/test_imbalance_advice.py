@@ -244,3 +244,11 @@ def test_all_flags_are_the_training_programs():
     flags = {flag for text in texts for flag in re.findall(r"--[a-z-]+", text)}
     assert len(flags) > 9
     assert flags <= known
+
+
+@pytest.mark.parametrize(("ap50", "is_told"), [(0.02, True), (None, True), (0.1, False), (0.7, False)])
+def test_a_detector_that_has_hardly_learned_is_told_of(ap50, is_told):
+    measured = measurements()
+    evaluation = replace(measured.evaluation, metrics=measured.evaluation.metrics | {"AP50": ap50})
+    measured = replace(measured, evaluation=evaluation)
+    assert ("the detector has hardly learned" in blocks(measured, advise(measured, OFF))) == is_told

@@ -5,13 +5,20 @@ from collections.abc import Iterable, Sequence
 from balanced_learning.training.imbalance.advice import Advice, decimal, likeness, percent, unevenness
 from balanced_learning.training.imbalance.gathering import PAPER_ABOVE, PAPER_TO_OUTLIER, Measurements
 
+LEARNED = 0.1  # AP50 from which a detector is taken to know its objects
+
 Row = tuple[str, str, str]  # a figure, its value, and the paper's
 
 
 def blocks(measured: Measurements, advices: Sequence[Advice]) -> str:
     """A block for each level, from the samples to the objective; the paper's figures are of COCO."""
     rows = (_sample_rows(measured), _feature_rows(measured), _objective_rows(measured))
-    return "\n\n".join(_block(advice, each) for advice, each in zip(advices, rows, strict=True))
+    parts = [_block(advice, each) for advice, each in zip(advices, rows, strict=True)]
+    ap50 = measured.evaluation.metrics.get("AP50") or 0.0
+    if ap50 < LEARNED:
+        young = f"AP50 is {percent(ap50)}: the detector has hardly learned, and its figures say little"
+        parts.append(f"{young}. Measure a checkpoint of longer training, or raise --warm-up-steps.")
+    return "\n\n".join(parts)
 
 
 def _block(advice: Advice, rows: Iterable[Row]) -> str:
