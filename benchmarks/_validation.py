@@ -105,7 +105,7 @@ def _table(found: list[Point]) -> str:
             "added to": f"`{point.baseline}`",
             "figures": ", ".join(f"{name} {_decimal(value)}" for name, value in point.figures.items()),
             "verdict": point.verdict,
-            "is": words[point.is_right],
+            "judged": words[point.is_right],
             "strength": _decimal(point.strength),
             "reports": counted(len(point.strengths)),
             "gain in AP": of_difference(point.gains),
