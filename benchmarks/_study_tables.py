@@ -114,8 +114,8 @@ def _set_up(results: Results) -> str:
                 "epochs": f"{of['epochs']}",
                 "images a step": f"{of['batch_size']}",
                 "optimizer": f"{of['opt']}, {of['lr']:g}, {of['lr_scheduler']}",
-                "device": situation["device"],
-                "commit": f"{situation['commit'] or '-'}"[:12],
+                "device": ", ".join(situation["devices"]),
+                "commit": ", ".join((commit or "-")[:12] for commit in situation["commits"]),
             }
         )
     return markdown(rows, words=1) if rows else NOTHING

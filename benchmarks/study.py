@@ -5,9 +5,9 @@
 
 Takes output folders of `examples/reproduce.py --table study`. The name of a folder is that of its situation: the data,
 and what the detector starts from, as in bccd_finetuned or deeppcb_scratch. Writes benchmarks/results/study.json, with
-the metrics of each finished run, its AP over the epochs, versions, device and commit; situations that are not among the
-folders stay as they are in it. From that file come the parts of docs/study.md, docs/does_it_help.md and README.md
-between markers, and the pictures docs/images/study_*.svg.
+the metrics of each finished run, its AP over the epochs, versions, device and commit. What is not in the folders stays
+as it is in it: other situations, and other seeds that were trained with the same settings. From that file come the
+parts of docs/study.md, docs/does_it_help.md and README.md between markers, and the pictures docs/images/study_*.svg.
 """
 
 import argparse
@@ -30,7 +30,18 @@ from balanced_learning.training.reproduction.results import device_of, distinct
 ROOT = Path(__file__).resolve().parents[1]
 FILE = "study.json"
 # The rows differ in none of them.
-SETTINGS = ("backbone", "weights_backbone", "min_size", "max_size", "batch_size", "epochs", "opt", "lr", "lr_scheduler")
+SETTINGS = (
+    *(
+        "backbone",
+        "weights_backbone",
+        "fpn_channels",
+        "anchor_size",
+        "box_batch_size_per_image",
+        "min_size",
+        "max_size",
+    ),
+    *("batch_size", "epochs", "opt", "lr", "weight_decay", "lr_scheduler"),
+)
 
 
 def main(words: list[str] | None = None) -> None:
@@ -41,10 +52,11 @@ def main(words: list[str] | None = None) -> None:
 
 
 def update(folders: list[Path], file: Path, root: Path) -> None:
-    """Replaces the situations of the folders in the file, and writes what follows from it below ``root``."""
+    """Takes the runs of the folders into the file, and writes what follows from it below ``root``."""
     results = read_results(file)
     for folder in folders:
-        results[folder.resolve().name] = gather(folder)
+        name = folder.resolve().name
+        results[name] = joined(results.get(name), gather(folder))
     results = {name: results[name] for name in sorted(results) if results[name]["rows"]}
     if folders:
         write_text(file, as_json(results, levels=5) + "\n")
@@ -88,10 +100,23 @@ def gather(folder: Path) -> dict[str, Any]:
         "versions": distinct(
             [{key: value for key, value in each["versions"].items() if key != "files"} for each in made]
         ),
-        "device": "; ".join(distinct([device_of(each) for each in made])),
-        "commit": study["commit"],
+        "devices": distinct([device_of(each) for each in made]),
+        "commits": [study["commit"]],
         "rows": rows,
     }
+
+
+def joined(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
+    """The runs of both, where the settings are the same; otherwise those of now alone."""
+    if not before or any(before[name] != now[name] for name in ("data", "images", "options", "settings")):
+        return now
+    rows = {}
+    for name in before["rows"] | now["rows"]:
+        old, new = (each["rows"].get(name, {"seeds": {}}) for each in (before, now))
+        seeds = old["seeds"] | new["seeds"]
+        rows[name] = old | new | {"seeds": {seed: seeds[seed] for seed in sorted(seeds, key=int)}}
+    lists = {name: distinct([*before[name], *now[name]]) for name in ("versions", "devices", "commits")}
+    return now | lists | {"is_whole": before["is_whole"] or now["is_whole"], "rows": rows}
 
 
 def _finished(folder: Path) -> list[Path]:

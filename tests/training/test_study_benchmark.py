@@ -41,7 +41,8 @@ def root(tmp_path) -> Path:
 def make_folder(folder: Path, ap: dict[str, dict[int, float | None]], **settings: Any) -> Path:
     """An output folder with the AP of rows by seed, as fractions; None: the run is not over. APs is not defined."""
     settings = {"weights_backbone": "/home/me/weights.pth", "min_size": 224, "max_size": 320} | settings
-    settings |= {"opt": "adamw", "lr": 0.0005, "lr_scheduler": "cosineannealinglr", "backbone": "mobilenet_v2"}
+    settings = {"lr": 0.0005, "fpn_channels": 64, "anchor_size": 8, "box_batch_size_per_image": 64} | settings
+    settings |= {"opt": "adamw", "lr_scheduler": "cosineannealinglr", "weight_decay": 0.01, "backbone": "mobilenet_v2"}
     settings |= {"epochs": 3, "batch_size": 4, "accumulation_steps": 1, "world_size": 1, "patience": None}
     settings |= {"device": "cpu", "versions": {"torch": "2.14.1", "files": "/home/me/_cpu.so"}}
     rows = []
@@ -141,6 +142,20 @@ def test_a_later_call_replaces_its_situations_alone(study, root):
     assert {path.name for path in (root / "docs" / "images").iterdir()} == {"study_curves.svg", "study_differences.svg"}
     study.update([], file, root)  # nothing new: nothing changes
     assert (root / "docs" / "study.md").read_text() == page
+
+
+def test_later_runs_join_those_of_the_same_settings(tables, root):
+    file = root / "study.json"
+    first = {"plain": {0: 0.4, 10: 0.3}, "l1": {0: 0.4}}
+    tables.update([make_folder(root / "one" / "bccd_scratch", first)], file, root)
+    later = {"plain": {1: 0.5, 10: 0.2}, "libra": {1: 0.6}}
+    tables.update([make_folder(root / "two" / "bccd_scratch", later)], file, root)
+    rows = json.loads(file.read_text())["bccd_scratch"]["rows"]
+    found = {name: {seed: run["AP"] for seed, run in row["seeds"].items()} for name, row in rows.items()}
+    assert found == {"plain": {"0": 40.0, "1": 50.0, "10": 20.0}, "l1": {"0": 40.0}, "libra": {"1": 60.0}}
+    assert list(found["plain"]) == ["0", "1", "10"]
+    tables.update([make_folder(root / "three" / "bccd_scratch", {"plain": {2: 0.5}}, lr=0.1)], file, root)
+    assert list(json.loads(file.read_text())["bccd_scratch"]["rows"]["plain"]["seeds"]) == ["2"]
 
 
 def test_a_folder_without_a_table_is_named(tables, root):
