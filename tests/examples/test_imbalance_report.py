@@ -83,7 +83,7 @@ def test_a_checkpoint_is_measured_as_it_is(coco_root, edit, tmp_path, capsys, un
     assert [content["detector"][part] for part in ("sampler", "pyramid", "box_loss")] == [True] * 3
     assert content["detector"]["origin"] == f"weights of {checkpoint}, after 1 of 1 epochs"
     assert all(", which is on" in advice["sentence"] or "Nothing" in advice["sentence"] for advice in content["advice"])
-    assert "warm-up" not in capsys.readouterr().out
+    assert "warm-up [" not in capsys.readouterr().out
     assert read(tmp_path / "run") == report(tmp_path / "run", "--data-path", coco_root, "--resume", checkpoint)
 
 
