@@ -48,8 +48,12 @@ def environment(device: str) -> dict[str, Any]:
     commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device == "cuda" else cpu
-    versions = {key: value for key, value in backend_info().items() if key != "files"}
-    return {"device": name, "versions": versions, "commit": commit}
+    return {"device": name, "versions": without_files(backend_info()), "commit": commit}
+
+
+def without_files(versions: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`balanced_learning.backend_info` says, but for the places of files on one machine."""
+    return {name: value for name, value in versions.items() if name != "files"}
 
 
 def measure(

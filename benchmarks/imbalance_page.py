@@ -18,24 +18,22 @@ from typing import Any
 import matplotlib as mpl
 import torch
 
-from _common import RESULTS
+from _common import RESULTS, without_files
 from balanced_learning.detection.imbalance.feature_level import FeatureLevel
 from balanced_learning.detection.imbalance.objective_level import ObjectiveLevel
 from balanced_learning.detection.imbalance.sample_level import SampleLevel
 from balanced_learning.training.config import Config, LibraConfig, ModelConfig
 from balanced_learning.training.endings import ends_in_one_line
-from balanced_learning.training.errors import UserError
 from balanced_learning.training.evaluation import ErrorKind, Evaluation
 from balanced_learning.training.files import write_text
 from balanced_learning.training.imbalance.advice import Advice, advise
 from balanced_learning.training.imbalance.gathering import Measurements
 from balanced_learning.training.reporting.imbalance_figure import draw_imbalance
-from docs.pictures import save
-from study import ROOT, as_json, fill, without_folder
+from docs.pictures import SVG, save
+from study import ROOT, as_json, fill, read_json, without_folder
 
 FILE = "imbalance_report.json"
 LEFT_OUT = ("advice", "versions")  # what follows from the figures, and what has the folders of a machine
-STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "the same picture from every run"}
 
 
 def main(words: list[str] | None = None) -> None:
@@ -61,15 +59,13 @@ def kept(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: if there is none.
     """
-    try:
-        content = json.loads((folder / "imbalance.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: holds no imbalance.json that can be read ({error})") from None
-    versions = {name: value for name, value in content["versions"].items() if name != "files"}
+    content = read_json(folder, "imbalance.json")
     content |= {
         part: {name: without_folder(value) for name, value in content[part].items()} for part in ("detector", "data")
     }
-    return {name: value for name, value in content.items() if name not in LEFT_OUT} | {"versions": versions}
+    return {name: value for name, value in content.items() if name not in LEFT_OUT} | {
+        "versions": without_files(content["versions"])
+    }
 
 
 def measured(content: dict[str, Any]) -> Measurements:
@@ -123,7 +119,7 @@ def draw(content: dict[str, Any], file: Path) -> None:
         f"{Path(data['data_path']).name if data['data_path'] else 'drawn shapes'}: {data['images']} training images, "
         f"{data['evaluated_images']} evaluated"
     )
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(SVG):
         save(draw_imbalance(title, measured(content), advices(content)), file)
 
 

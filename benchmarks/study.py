@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from _common import RESULTS
+from _common import RESULTS, without_files
 from _study_pictures import draw
 from _study_tables import COSTS, METRICS, blocks, table
 from balanced_learning.training.endings import ends_in_one_line
@@ -72,16 +72,25 @@ def read_results(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """What a program has written to its output folder.
+
+    Raises:
+        UserError: if it is not there, or no JSON.
+    """
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: holds no {name} that can be read ({error})") from None
+
+
 def gather(folder: Path) -> dict[str, Any]:
     """What came out of the finished runs of a folder.
 
     Raises:
         UserError: if something is missing.
     """
-    try:
-        study = json.loads((folder / "table_study.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: holds no table_study.json that can be read ({error})") from None
+    study = read_json(folder, "table_study.json")
     rows: dict[str, Any] = {}
     runs: list[Path] = []
     for row in study["rows"]:  # whatever seeds the last call was about
@@ -97,9 +106,7 @@ def gather(folder: Path) -> dict[str, Any]:
         "options": [without_folder(word) for word in study["options"]],
         "is_whole": len(rows) == len(study["rows"]),
         "settings": shared_settings(runs, made),
-        "versions": distinct(
-            [{key: value for key, value in each["versions"].items() if key != "files"} for each in made]
-        ),
+        "versions": distinct([without_files(each["versions"]) for each in made]),
         "devices": distinct([device_of(each) for each in made]),
         "commits": [study["commit"]],
         "rows": rows,

@@ -12,7 +12,7 @@ from torch import nn
 from balanced_learning.training.signals import EXIT_CODE
 from examples import imbalance_report
 from tests.training.coco_data import add_images
-from tests.training.small import SMALL, save_untrained
+from tests.training.small import SMALL, name_as_untrained, save_untrained
 from tests.training.test_proposals import write
 
 KEYS = {"detector", "data", "sample", "feature", "objective", "advice", "versions", "commit", "device"}
@@ -71,13 +71,7 @@ def test_the_plain_detector_is_warmed_up_and_measured(coco_root, tmp_path, capsy
 
 
 def test_a_checkpoint_is_measured_as_it_is(coco_root, edit, tmp_path, capsys, undrawn):
-    def rename(content):
-        content["categories"] = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog [old]"}]
-        for annotation in content["annotations"]:
-            annotation["category_id"] = 1
-
-    edit(rename)
-    edit(rename, "val")
+    name_as_untrained(edit)
     checkpoint = save_untrained(tmp_path / "run" / "checkpoint.pth")
     content = report(tmp_path / "run", "--data-path", coco_root, "--resume", checkpoint)
     assert [content["detector"][part] for part in ("sampler", "pyramid", "box_loss")] == [True] * 3

@@ -2,7 +2,7 @@ import pytest
 from PIL import Image
 
 from examples import plot_loss
-from tests.training.small import SMALL, save_untrained
+from tests.training.small import SMALL, name_as_untrained, save_untrained
 from tests.training.test_proposals import write
 
 
@@ -32,13 +32,7 @@ def test_a_detector_is_measured_under_each_loss(coco_root, tmp_path, capsys, mon
 
 
 def test_the_weights_are_those_of_the_checkpoint(coco_root, edit, tmp_path, capsys):
-    def rename(content):
-        content["categories"] = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog [old]"}]
-        for annotation in content["annotations"]:
-            annotation["category_id"] = 1
-
-    edit(rename)
-    edit(rename, "val")
+    name_as_untrained(edit)
     checkpoint = save_untrained(tmp_path / "run" / "checkpoint.pth")
     plot_loss.main(["--data-path", str(coco_root), "--resume", str(checkpoint), "--batches", "1"])
     assert f"weights of {checkpoint}, after 1 of 1 epochs" in capsys.readouterr().out

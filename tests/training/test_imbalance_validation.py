@@ -8,7 +8,7 @@ import pytest
 
 from balanced_learning.training.imbalance.advice import advise
 from tests.training.imbalance_data import feature_level, measurements
-from tests.training.small import save_untrained
+from tests.training.small import name_as_untrained, save_untrained
 from tests.training.test_imbalance_advice import OFF
 from tests.training.test_study_benchmark import ROOT, cells, make_folder
 
@@ -102,13 +102,7 @@ def test_what_is_not_known_of_a_level_stays_out(validation):
 
 
 def test_the_program_writes_what_is_read(validation, coco_root, edit, tmp_path, monkeypatch):
-    def rename(data):
-        data["categories"] = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog [old]"}]
-        for annotation in data["annotations"]:
-            annotation["category_id"] = 1
-
-    edit(rename)
-    edit(rename, "val")
+    name_as_untrained(edit)
     monkeypatch.setattr(validation.imbalance_report, "save_imbalance", lambda *_: None)
     checkpoint = save_untrained(tmp_path / "run" / "checkpoint.pth", data_path=coco_root)
     of = validation.predictions(validation.report(checkpoint, 1), validation.BASELINES["plain_beta_1"])
