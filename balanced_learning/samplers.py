@@ -31,9 +31,9 @@ class IoUBalancedSampler:
     with the same implementation (see :func:`~balanced_learning.backend_info`). Another device or implementation,
     compiled code and another version of this library draw otherwise from the same seed.
 
-    A call waits for the device once, to learn of NaNs. The compiled ops need 12 bytes of memory a candidate, and 28 with
-    ``instance_balanced``; on CUDA they are two kernels (three without ``max_iou``) for up to 32 images. Without compiled
-    kernels a call is a number of tensor operations that does not depend on the batch.
+    A call waits for the device once, to learn of NaNs. The compiled op needs 12 bytes of memory a candidate, or 28 with
+    ``instance_balanced``; on CUDA it is two kernels, or three without ``max_iou``, for up to 32 images. Without it, a
+    call is a number of tensor operations that does not depend on the batch.
 
     Args:
         batch_size_per_image (int): boxes to choose in an image.
