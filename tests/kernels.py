@@ -37,9 +37,14 @@ def assert_agree(tensors: tuple[Tensor, ...], **kwargs) -> None:
     actual = gradients(balanced_l1_loss, tensors, grad, **kwargs)
     expected = gradients(formula, tuple(tensor.double() for tensor in tensors), grad, **kwargs)
     for ours, theirs in zip(actual, expected, strict=True):
-        assert ours.dtype == dtype
-        size = theirs.abs().mean().item() if theirs.numel() else 0.0
-        spacing = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # of the smallest numbers there are
-        torch.testing.assert_close(
-            ours.double(), theirs.to(dtype).double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * size + spacing
-        )
+        assert_close(ours, theirs, dtype)
+
+
+def assert_close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
+    """A result has the type, and is as near to one in float64 as the type allows."""
+    assert ours.dtype == dtype
+    size = theirs.abs().mean().item() if theirs.numel() else 0.0
+    spacing = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # of the smallest numbers there are
+    torch.testing.assert_close(
+        ours.double(), theirs.to(dtype).double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * size + spacing
+    )
