@@ -1,5 +1,5 @@
-// IoU-balanced sampling of the boxes of one image (Libra R-CNN, section 3.1), by the threads of a block. On the CPU a
-// block has one thread.
+// IoU-balanced sampling of the boxes of an image (Libra R-CNN, section 3.1), for host and device: the group of each box,
+// and which boxes of the groups are drawn.
 #pragma once
 
 #include <cmath>
@@ -9,31 +9,33 @@
 
 namespace balanced_learning {
 
+// Group 0 holds the negatives below floor_iou, groups 1 to num_bins are the bins of the paper; then come the positives
+// and the ignored boxes.
 struct Settings {
   int64_t batch_size, max_positives;
   bool instance_balanced;
   int64_t num_bins;
   double max_iou;  // negative: the largest IoU of the image
   double floor_iou, floor_fraction, max_negatives_per_positive;
-};
 
-// A box that may be drawn, with a random sort key: the candidates with the smallest keys are drawn.
-struct Candidate {
-  uint64_t key, next_key;
-  int64_t index;  // of the box
+  HOST_DEVICE int32_t positives() const { return int32_t(num_bins + 1); }
+  HOST_DEVICE int32_t num_groups() const { return int32_t(num_bins + 3); }
 
-  ON_DEVICE bool is_before(const Candidate& other) const {
-    return key != other.key ? key < other.key : index < other.index;
+  // Where a bin, counted from 0, begins. Rounds as iou_bins in samplers.py does, so that both put a box into one bin.
+  template <class T>
+  HOST_DEVICE T lower_edge(int64_t bin, T largest_iou) const {
+    const T floor = T(floor_iou);
+    return max_iou < 0 ? floor + (largest_iou - floor) * bin / num_bins
+                       : T(floor_iou + (max_iou - floor_iou) * bin / num_bins);
   }
-};
 
-// Bin 0 holds the negatives below floor_iou, bins 1 to num_bins are those of the paper.
-template <class T>
-struct IoUBin {
-  T lower_edge;
-  int64_t num_negatives, quota;             // how many it holds, and how many of them to draw
-  int64_t first_candidate, num_candidates;  // those with keys up to max_key
-  uint64_t max_key;
+  template <class T>
+  HOST_DEVICE int32_t group(int64_t label, T iou, const T* lower_edges) const {
+    if (label != 0) return positives() + (label < 0);
+    int32_t group = 0;
+    for (int64_t bin = 0; bin < num_bins; ++bin) group += iou >= lower_edges[bin];
+    return group;
+  }
 };
 
 template <class T>
@@ -43,173 +45,119 @@ struct ImageBoxes {
   const T* ious;
   const int64_t* matched_idxs;
   bool *positives, *negatives, *has_nan;  // the result
-  Candidate* candidates;                  // workspace, one for each box
-  IoUBin<T>* bins;                        // workspace, num_bins + 1 of them
 };
 
-// What the threads of a block share.
-struct BlockState {
-  double max_iou;
-  int64_t num_positives, num_nans;
-  uint64_t max_key;    // the largest of all bins
-  bool has_shortfall;  // a bin has fewer candidates than its quota
-};
-
-// Block holds a BlockState and divides work among its threads, which wait for one another at the end of each call:
-//   once(body)                                       runs body on one thread
-//   for_each(n, body)                                calls body(i) for i from 0 to n - 1
-//   for_each_ranked(candidates, n, group_of, body)   calls body(candidate, rank), with the rank of its key in its group
-//   for_each_smallest(candidates, n, num, body)      calls body(candidate) for those of the num smallest keys
-// The bodies may call fetch_increment(counter), which returns the old value, and update_max(value, x).
-template <class T, class Block>
-class ImageSampler {
+// The draws of an image, each on its own, from the sizes of its groups. Boxes are numbered group by group.
+//
+// Floyd's algorithm (Bentley, Floyd: A sample of brilliance, CACM 1987) draws k of n boxes in k steps. Step i proposes one
+// of the first n - k + i + 1; where a step before has drawn it, the last of these is drawn instead.
+//
+// Each group has a quota: a bin's is its equal share, as far as it has that many. What is short is drawn first, from the
+// boxes of all bins but the last quota of each. The steps of a bin's quota continue its sample: so all samples of one size
+// are equally likely, and the negatives that the quotas leave decide which bins make up for the shortfall.
+class Draws {
  public:
-  ON_DEVICE ImageSampler(Block& block, const Settings& settings, const ImageBoxes<T>& boxes, uint64_t seed,
-                         uint64_t image_index)
-      : block_(block), state_(block.state()), settings_(settings), boxes_(boxes), key_random_(seed, 2 * image_index),
-        quota_random_(seed, 2 * image_index + 1) {}
+  struct Step {
+    int64_t proposal, fallback;  // numbers of boxes
+  };
 
-  ON_DEVICE void run() {
-    set_bin_edges();
-    list_positives();
-    draw_positives();
-    block_.once([&] { set_quotas(); });
-    do list_negatives();
-    while (state_.has_shortfall);
-    draw_negatives();
+  // Without positives where these are drawn in turns, see below.
+  HOST_DEVICE Draws(const Settings& settings, const int32_t* sizes, const Random& random)
+      : positives_(settings.positives()), sizes_(sizes), random_(random) {
+    const int64_t num_positives = min(settings.max_positives, sizes[positives_]);
+    positive_quota_ = in_turns(settings, sizes) ? 0 : num_positives;
+    const double limit = settings.max_negatives_per_positive * (num_positives > 0 ? num_positives : 1);
+    int64_t num = settings.batch_size - num_positives;
+    num = limit < num ? int64_t(limit) : num;
+    below_quota_ = settings.floor_iou > 0 ? std::llrint(num * settings.floor_fraction) : 0;
+    bin_quota_ = (num - below_quota_) / settings.num_bins;
+    for (int32_t group = 0; group < positives_; ++group) {
+      left_ += left(group);
+      num -= quota(group);
+    }
+    num_short_ = min(num, left_);
+    num_steps_ = num_short_ + positive_quota_;
+    for (int32_t group = 0; group < positives_; ++group) num_steps_ += quota(group);
+  }
+
+  HOST_DEVICE static bool in_turns(const Settings& settings, const int32_t* sizes) {
+    return settings.instance_balanced && settings.max_positives < sizes[settings.positives()];
+  }
+
+  HOST_DEVICE int64_t num_steps() const { return num_steps_; }
+
+  HOST_DEVICE Step step(int64_t i) const {
+    if (i < num_short_) {
+      const int64_t last = left_ - num_short_ + i;
+      return {left_by_quotas(random_.below(last + 1, i)), left_by_quotas(last)};
+    }
+    int64_t first = 0, turn = i - num_short_;
+    int32_t group = 0;
+    for (; turn >= quota(group); ++group) {
+      turn -= quota(group);
+      first += sizes_[group];
+    }
+    const int64_t last = left(group) + turn;
+    return {first + int64_t(random_.below(last + 1, i)), first + last};
   }
 
  private:
-  using Bin = IoUBin<T>;
+  HOST_DEVICE static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-  ON_DEVICE Bin* bins_begin() const { return boxes_.bins; }
-  ON_DEVICE Bin* bins_end() const { return boxes_.bins + settings_.num_bins + 1; }
-
-  ON_DEVICE Bin& bin_of(T iou) const {
-    Bin* result = bins_begin();
-    for (Bin* bin = bins_begin() + 1; bin != bins_end(); ++bin) result += iou >= bin->lower_edge;
-    return *result;
+  HOST_DEVICE int64_t quota(int32_t group) const {
+    return min(group == 0 ? below_quota_ : group < positives_ ? bin_quota_ : positive_quota_, sizes_[group]);
   }
 
-  ON_DEVICE int64_t num_drawn_positives() const {
-    return settings_.max_positives < state_.num_positives ? settings_.max_positives : state_.num_positives;
-  }
+  HOST_DEVICE int64_t left(int32_t group) const { return sizes_[group] - quota(group); }
 
-  // Rounds as iou_bins in samplers.py does, so that both put a box into the same bin.
-  ON_DEVICE void set_bin_edges() {
-    if (settings_.max_iou < 0)
-      block_.for_each(boxes_.size, [&](int64_t i) { block_.update_max(state_.max_iou, double(boxes_.ious[i])); });
-    block_.for_each(settings_.num_bins + 1, [&](int64_t b) {
-      const int64_t k = b > 0 ? b - 1 : 0;
-      const T floor = T(settings_.floor_iou), interval = T(state_.max_iou) - floor;
-      const double given = settings_.floor_iou + (settings_.max_iou - settings_.floor_iou) * k / settings_.num_bins;
-      bins_begin()[b] = Bin{};
-      bins_begin()[b].lower_edge = settings_.max_iou < 0 ? floor + interval * k / settings_.num_bins : T(given);
-    });
-  }
-
-  // Makes every positive a candidate, and counts the negatives of each bin.
-  ON_DEVICE void list_positives() {
-    block_.for_each(boxes_.size, [&](int64_t i) {
-      const T iou = boxes_.ious[i];
-      boxes_.positives[i] = boxes_.negatives[i] = false;
-      if (iou != iou) block_.fetch_increment(state_.num_nans);
-      if (boxes_.labels[i] > 0)
-        boxes_.candidates[block_.fetch_increment(state_.num_positives)] = {key_random_.at(i), 0, i};
-      if (boxes_.labels[i] == 0) block_.fetch_increment(bin_of(iou).num_negatives);
-    });
-    block_.once([&] { *boxes_.has_nan = state_.num_nans > 0; });
-  }
-
-  // Sorting by rank within the ground truth first, and then at random, draws the same number from each ground truth.
-  ON_DEVICE void draw_positives() {
-    const int64_t num = num_drawn_positives(), num_positives = state_.num_positives;
-    if (settings_.instance_balanced && num < num_positives) {
-      const auto ground_truth = [&](const Candidate& candidate) { return boxes_.matched_idxs[candidate.index]; };
-      block_.for_each_ranked(boxes_.candidates, num_positives, ground_truth, [&](Candidate& candidate, int64_t rank) {
-        candidate.next_key = uint64_t(rank) << 40 | key_random_.at(boxes_.size + candidate.index) >> 24;
-      });
-      block_.for_each(num_positives, [&](int64_t i) { boxes_.candidates[i].key = boxes_.candidates[i].next_key; });
+  // The number of box i of those that the quotas leave.
+  HOST_DEVICE int64_t left_by_quotas(int64_t i) const {
+    int64_t first = 0;
+    for (int32_t group = 0; i >= left(group); ++group) {
+      i -= left(group);
+      first += sizes_[group];
     }
-    block_.for_each_smallest(boxes_.candidates, num_positives, num,
-                             [&](const Candidate& candidate) { boxes_.positives[candidate.index] = true; });
+    return first + i;
   }
 
-  // The quota of a bin is its equal share, as far as it has that many; a uniform draw from the negatives that are left
-  // decides which bins make up for the shortfall.
-  ON_DEVICE void set_quotas() {
-    const int64_t positives = num_drawn_positives();
-    const double limit = settings_.max_negatives_per_positive * (positives > 0 ? positives : 1);
-    int64_t num = settings_.batch_size - positives;
-    num = limit < num ? int64_t(limit) : num;
-    const int64_t num_below = settings_.floor_iou > 0 ? std::llrint(num * settings_.floor_fraction) : 0;
-    const int64_t per_bin = (num - num_below) / settings_.num_bins;
-    int64_t left = 0, first_candidate = state_.num_positives;
-    for (Bin* bin = bins_begin(); bin != bins_end(); ++bin) {
-      const int64_t share = bin == bins_begin() ? num_below : per_bin;
-      bin->quota = share < bin->num_negatives ? share : bin->num_negatives;
-      bin->first_candidate = first_candidate;
-      first_candidate += bin->num_negatives;
-      left += bin->num_negatives - bin->quota;
-      num -= bin->quota;
-    }
-    if (num >= left) {
-      for (Bin* bin = bins_begin(); bin != bins_end(); ++bin) bin->quota = bin->num_negatives;
-      num = 0;
-    }
-    for (uint64_t next = 0; num > 0; --num, --left) {
-      int64_t i = quota_random_.below(left, next);
-      Bin* bin = bins_begin();
-      for (; i >= bin->num_negatives - bin->quota; ++bin) i -= bin->num_negatives - bin->quota;
-      ++bin->quota;
-    }
-    for (Bin* bin = bins_begin(); bin != bins_end(); ++bin) {
-      // Three standard deviations more than the expected share: about one bin in a thousand has too few keys below it.
-      const double share = (bin->quota + 3 * std::sqrt(double(bin->quota)) + 3) / bin->num_negatives;
-      const bool lists_all = share >= 1 || bin->quota == bin->num_negatives;
-      bin->max_key = bin->quota == 0 ? 0 : lists_all ? ~uint64_t(0) : uint64_t(share * 0x1p64);
-    }
-  }
-
-  // Makes the negatives with keys up to their bin's max_key candidates. A bin that gets too few raises its max_key.
-  ON_DEVICE void list_negatives() {
-    block_.once([&] {
-      state_.max_key = 0;
-      for (Bin* bin = bins_begin(); bin != bins_end(); ++bin) {
-        bin->num_candidates = 0;
-        if (bin->max_key > state_.max_key) state_.max_key = bin->max_key;
-      }
-    });
-    block_.for_each(boxes_.size, [&](int64_t i) {
-      if (boxes_.labels[i] != 0) return;
-      const uint64_t key = key_random_.at(i);
-      if (key > state_.max_key) return;
-      Bin& bin = bin_of(boxes_.ious[i]);
-      if (key <= bin.max_key)
-        boxes_.candidates[bin.first_candidate + block_.fetch_increment(bin.num_candidates)] = {key, 0, i};
-    });
-    block_.once([&] {
-      bool has_shortfall = false;
-      for (Bin* bin = bins_begin(); bin != bins_end(); ++bin) {
-        if (bin->num_candidates >= bin->quota) continue;
-        bin->max_key = bin->max_key >> 62 ? ~uint64_t(0) : 4 * bin->max_key;
-        has_shortfall = true;
-      }
-      state_.has_shortfall = has_shortfall;
-    });
-  }
-
-  ON_DEVICE void draw_negatives() {
-    for (const Bin* bin = bins_begin(); bin != bins_end(); ++bin)
-      block_.for_each_smallest(boxes_.candidates + bin->first_candidate, bin->num_candidates, bin->quota,
-                               [&](const Candidate& candidate) { boxes_.negatives[candidate.index] = true; });
-  }
-
-  Block& block_;
-  BlockState& state_;
-  const Settings settings_;
-  const ImageBoxes<T> boxes_;
-  const Random key_random_, quota_random_;
+  const int32_t positives_;
+  const int32_t* const sizes_;
+  const Random random_;
+  int64_t below_quota_, bin_quota_, positive_quota_, num_short_, num_steps_, left_ = 0;
 };
+
+// A positive, to be sorted by its ground truth and then by its turn among those of its ground truth.
+struct Positive {
+  int64_t ground_truth;
+  int32_t turn, index;  // index of the box
+};
+
+// Draws num of the positives: the ground truths take turns, and chance decides between those of one turn. A block has
+//   for_each(n, body)                      calls body(i) for i from 0 to n - 1
+//   sort(values, n, is_before)
+// and divides them among its threads, which wait for one another at the end of each call.
+template <class Block, class Draw>
+HOST_DEVICE void draw_in_turns(Block& block, Positive* positives, int64_t n, int64_t num, const Random& random,
+                               const Draw& draw) {
+  const auto is_before = [&](uint64_t stream, const Positive& a, const Positive& b) {
+    const uint64_t key = random.at(2 * uint64_t(a.index) + stream), other = random.at(2 * uint64_t(b.index) + stream);
+    return key != other ? key < other : a.index < b.index;
+  };
+  block.sort(positives, n, [&](const Positive& a, const Positive& b) {
+    return a.ground_truth != b.ground_truth ? a.ground_truth < b.ground_truth : is_before(0, a, b);
+  });
+  block.for_each(n, [&](int64_t i) {
+    int64_t first = 0;
+    for (int64_t end = i; first < end;) {
+      const int64_t middle = (first + end) / 2;
+      positives[middle].ground_truth < positives[i].ground_truth ? first = middle + 1 : end = middle;
+    }
+    positives[i].turn = int32_t(i - first);
+  });
+  block.sort(positives, n, [&](const Positive& a, const Positive& b) {
+    return a.turn != b.turn ? a.turn < b.turn : is_before(1, a, b);
+  });
+  block.for_each(num, [&](int64_t i) { draw(positives[i].index); });
+}
 
 }  // namespace balanced_learning

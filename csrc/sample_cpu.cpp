@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "sample_batch.h"
-#include "serial_block.h"
+#include "sample_image.h"
 
 namespace balanced_learning {
 namespace {
@@ -17,10 +17,7 @@ struct Cpu {
     for (const ImageBoxes<T>& image : images) size += image.size;
     const int64_t grain = std::max<int64_t>(1, kBoxesPerThread * images.size() / size);
     torch::stable::parallel_for(0, images.size(), grain, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        SerialBlock block;
-        ImageSampler<T, SerialBlock>(block, settings, images[i], seed_value, i).run();
-      }
+      for (int64_t i = first; i < last; ++i) sample_image(settings, images[i], seed_value, i);
     });
   }
 };

@@ -196,7 +196,6 @@ def test_any_batch_gives_exactly_what_it_can(images, sampler, seed):
 
 
 def test_counts_are_exact_in_every_one_of_many_draws():
-    """Also in those in which too few candidates were looked at first, which is one in some hundred."""
     image = all_negative(*[0.1] * 300, *[0.3] * 200, *[0.4] * 100)
     _, negatives = draw(IoUBalancedSampler(60), *image, times=3000)
     for part in negatives.split([300, 200, 100], dim=1):
@@ -207,6 +206,16 @@ def test_negatives_of_one_bin_are_equally_likely():
     _, negatives = draw(IoUBalancedSampler(), *crowded_image(), times=400)
     assert_equally_likely(negatives[:, :1500])  # IoU 0 to 1/6
     assert_equally_likely(negatives[:, 1500:1800])
+
+
+def test_samples_are_equally_likely_where_the_negatives_left_decide_on_the_bins():
+    """Four from bins of 3, 2 and 1: one of each bin, and one of the two and the one that are left, is nine samples."""
+    times = 3000
+    _, negatives = draw(IoUBalancedSampler(4), *all_negative(0.1, 0.1, 0.1, 0.2, 0.2, 0.4), times=times)
+    samples, counts = negatives.unique(dim=0, return_counts=True)
+    assert len(samples) == 9
+    chi_square = ((counts.double() - times / 9) ** 2).sum() / (times / 9)
+    assert chi_square < 26.1  # one in a thousand, with 8 degrees of freedom
 
 
 def test_uniform_positives_are_equally_likely():
