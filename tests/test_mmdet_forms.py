@@ -3,7 +3,6 @@
 import copy
 import importlib
 import math
-import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -121,10 +120,7 @@ def test_both_kinds_of_keys_load(refine_type):
         # in a detector's list of necks, and alone
         neck = nn.Sequential(nn.Identity(), BFP(8, 5, 1, refine_type))
         neck.load_state_dict({f"1.{key}": value for key, value in state.items()})
-        alone = BFP(8, 5, 1, refine_type)
-        alone = pickle.loads(
-            pickle.dumps(copy.deepcopy(alone))
-        )  # as an average of the weights is made, or a worker fed
+        alone = copy.deepcopy(BFP(8, 5, 1, refine_type))  # as an average of weights is begun
         alone.load_state_dict(state)
         assert list(state) == keys  # what was given is not changed
         for output, again, wanted in zip(neck(inputs), alone(inputs), trained(inputs), strict=True):
