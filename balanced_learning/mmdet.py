@@ -7,6 +7,7 @@ onedl-mmdetection), where that can be imported. A configuration asks for it with
 """
 
 import warnings
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -20,7 +21,7 @@ from .samplers import IoUBalancedSampler
 __all__ = ["BFP", "BalancedL1Loss", "InstanceBalancedPosSampler", "IoUBalancedNegSampler"]
 
 _EPS = torch.finfo(torch.float32).eps
-_NAMES = {"refine.conv_out.conv.": "refine.out."} | {f"refine.{x}.conv.": f"refine.{x}." for x in ("theta", "phi", "g")}
+_CONVS = {"theta": "theta.conv", "phi": "phi.conv", "g": "g.conv", "out": "conv_out.conv"}  # here and in mmdetection
 
 
 class BalancedL1Loss(losses.BalancedL1Loss):
@@ -92,9 +93,8 @@ class BalancedL1Loss(losses.BalancedL1Loss):
 class BFP(BalancedFeaturePyramid):
     """:class:`~balanced_learning.BalancedFeaturePyramid` with the arguments of mmdetection's ``BFP``.
 
-    It loads state dicts with mmdetection's keys (``refine.conv_out.conv.weight``) and with its own
-    (``refine.out.weight``), and saves its own. It starts as mmdetection's has since 2.12, the non-local block as the
-    identity.
+    State dicts have mmdetection's keys (``refine.conv_out.conv.weight``); those of the balanced feature pyramid load,
+    too. It starts as mmdetection's has since 2.12, the non-local block as the identity.
 
     Args:
         in_channels (int): channels of every map.
@@ -126,7 +126,8 @@ class BFP(BalancedFeaturePyramid):
         super().__init__(in_channels, refine_level=refine_level, refine=refine_type)
         self.num_levels = num_levels
         self.refine_type = refine_type
-        self.register_load_state_dict_pre_hook(_rename)
+        self.register_load_state_dict_pre_hook(partial(_rename, {theirs: ours for ours, theirs in _CONVS.items()}))
+        self.register_state_dict_post_hook(partial(_rename, _CONVS))
 
     def forward(self, inputs: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Takes a tuple or list of maps, finest first, and returns a tuple."""
@@ -136,20 +137,17 @@ class BFP(BalancedFeaturePyramid):
         return super().forward(tuple(inputs))
 
 
-def _rename(module: BFP, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Gives mmdetection's keys this library's names, in the copy that is being loaded."""
+def _rename(names: dict[str, str], module: BFP, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Gives the convolutions of the non-local block other names, in a copy that is being loaded or was just made."""
     for key in list(state_dict):
-        for theirs, ours in _NAMES.items():
-            if key.startswith(prefix + theirs):
-                state_dict[prefix + ours + key.removeprefix(prefix + theirs)] = state_dict.pop(key)
+        for old, new in names.items():
+            if key.startswith(f"{prefix}refine.{old}."):
+                state_dict[f"{prefix}refine.{new}.{key.rpartition('.')[2]}"] = state_dict.pop(key)
 
 
 class _PlainSampler:
-    """In the place of mmdetection's base class: what else it is given is taken and, as there, not used."""
-
     def __init__(self, num: int, pos_fraction: float, **kwargs: Any) -> None:
-        self.num = num
-        self.pos_fraction = pos_fraction
+        """In the place of mmdetection's base class, whose ``sample`` it has not: takes its settings, and needs none."""
 
 
 def _base_of_samplers() -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import balanced_learning
-from balanced_learning import mmdet
+from balanced_learning import BalancedFeaturePyramid, mmdet
 from balanced_learning.mmdet import BFP, BalancedL1Loss, InstanceBalancedPosSampler, IoUBalancedNegSampler
 from tests.reference.mmdet import explicit_pyramid
 
@@ -102,37 +102,40 @@ def test_pyramid_is_mmdetections(refine_type, refine_level):
         torch.testing.assert_close(output, wanted, atol=1e-5, rtol=1e-5)
 
 
-def theirs(state):
-    """The keys of mmdetection, which has no ``refine.out`` and a module more around every convolution but ``conv``."""
-    names = {"refine.out": "refine.conv_out.conv", "refine.conv": "refine.conv"}
-    renamed = {}
-    for key, value in state.items():
-        module, _, kind = key.rpartition(".")
-        renamed[f"{names.get(module, module + '.conv')}.{kind}"] = value
-    return renamed
+CONVS = {"theta.conv": "theta", "phi.conv": "phi", "g.conv": "g", "conv_out.conv": "out"}  # in mmdetection and here
+KEYS = {
+    None: set(),
+    "conv": {"refine.conv.weight", "refine.conv.bias"},
+    "non_local": {f"refine.{conv}.{kind}" for conv in CONVS for kind in ("weight", "bias")},
+}
 
 
-@pytest.mark.parametrize("refine_type", [None, "conv", "non_local"])
-def test_both_kinds_of_keys_load(refine_type):
+@pytest.mark.parametrize("refine_type", KEYS)
+def test_keys_are_mmdetections_and_those_of_the_balanced_pyramid_load(refine_type):
     trained, inputs = randomized(BFP(8, 5, 1, refine_type)), maps()
-    for state in (trained.state_dict(), theirs(trained.state_dict())):
-        keys = list(state)
-        # in a detector's list of necks, and alone
-        neck = nn.Sequential(nn.Identity(), BFP(8, 5, 1, refine_type))
-        neck.load_state_dict({f"1.{key}": value for key, value in state.items()})
-        alone = copy.deepcopy(BFP(8, 5, 1, refine_type))  # as an average of weights is begun
-        alone.load_state_dict(state)
-        assert list(state) == keys  # what was given is not changed
-        for output, again, wanted in zip(neck(inputs), alone(inputs), trained(inputs), strict=True):
-            assert torch.equal(output, wanted)
-            assert torch.equal(again, wanted)
+    state, plain = trained.state_dict(), BalancedFeaturePyramid(8, refine_level=1, refine=refine_type)
+    assert state.keys() == KEYS[refine_type]
+    own = {}
+    for key, value in state.items():
+        for theirs, ours in CONVS.items():
+            key = key.replace(f".{theirs}.", f".{ours}.")
+        own[key] = value
+    plain.load_state_dict(own)
+    for kind in (state, own):
+        given = list(kind)
+        # in a detector's list of necks, and alone, as an average of weights is begun
+        necks, alone = nn.Sequential(nn.Identity(), BFP(8, 5, 1, refine_type)), copy.deepcopy(BFP(8, 5, 1, refine_type))
+        necks.load_state_dict({f"1.{key}": value for key, value in kind.items()})
+        alone.load_state_dict(kind)
+        assert list(kind) == given  # what was given is not changed
+        assert necks.state_dict().keys() == {f"1.{key}" for key in KEYS[refine_type]}
+        assert alone.state_dict().keys() == KEYS[refine_type]
+        for output, *others in zip(trained(inputs), plain(inputs), necks(inputs), alone(inputs), strict=True):
+            assert all(torch.equal(output, other) for other in others)
 
 
-def test_the_keys_are_those_of_the_configurations():
-    convs = ["g", "theta", "phi", "conv_out"]
-    wanted = {f"refine.{conv}.conv.{kind}" for conv in convs for kind in ("weight", "bias")}
-    assert set(theirs(BFP(8, 5, 2, "non_local").state_dict())) == wanted
-    state = theirs(BFP(8, 5, 2, "non_local").state_dict())
+def test_other_keys_are_named():
+    state = BFP(8, 5, 2, "non_local").state_dict()
     del state["refine.g.conv.bias"]
     state["refine.g.bn.weight"] = torch.ones(8)
     with pytest.raises(RuntimeError, match=r"(?s)Missing.*refine\.g\.bias.*Unexpected.*refine\.g\.bn\.weight"):
