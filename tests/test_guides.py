@@ -99,7 +99,8 @@ batch_sampler dataset ann_file data_prefix proposal_file filter_cfg filter_empty
 test_evaluator metric format_only max_epochs val_interval val_cfg param_scheduler start_factor by_epoch begin end
 milestones optim_wrapper optimizer lr momentum weight_decay auto_scale_lr enable base_batch_size default_scope
 default_hooks timer logger interval checkpoint sampler_seed visualization env_cfg cudnn_benchmark mp_cfg dist_cfg
-backend vis_backends visualizer log_processor log_level load_from resume tta_model tta_pipeline
+backend vis_backends visualizer log_processor log_level load_from resume tta_model tta_pipeline img img_scales
+mp_start_method name opencv_num_threads pipeline transforms tta_cfg window_size
 pretrained extra_convs_on_inputs anchor_scales anchor_ratios anchor_strides out_size sample_num num_fcs floor
 nms_across_levels nms_post max_num nms_thr iou_thr smoothl1_beta img_norm_cfg to_rgb data imgs_per_gpu samples_per_gpu
 workers_per_gpu train val test img_prefix img_scale size_divisor flip_ratio with_mask with_crowd with_label test_mode
