@@ -44,11 +44,15 @@ def keep_freed_memory() -> None:
 
 def environment(device: str) -> dict[str, Any]:
     """The device, the versions and the commit of a measurement."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device == "cuda" else cpu
-    return {"device": name, "versions": without_files(backend_info()), "commit": commit}
+    return {"device": name, "versions": without_files(backend_info()), "commit": commit()}
+
+
+def commit(revision: str = "--dirty") -> str:
+    """The name of a commit; by default, of the one that is checked out, and whether files differ from it."""
+    describe = ["git", "describe", "--always", "--abbrev=12", revision]
+    return subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
 def without_files(versions: dict[str, Any]) -> dict[str, Any]:
