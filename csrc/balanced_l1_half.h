@@ -13,7 +13,7 @@ struct HalfBalancedL1 : BalancedL1<float> {
   // As BalancedL1::loss, with a polynomial for ((1 + f) ln(1 + f) - f) / f^2.
   HOST_DEVICE inline float loss(float x) const {
     const float error = std::fabs(x), inlier = std::fmin(error, beta);  // NaN goes on in error
-    const Octave z(b_per_beta * inlier);
+    const Octave<float> z(b_per_beta * inlier);
     const float c[] = {0.499989172f, -0.166117554f, 0.0786110439f, -0.0344981973f, 0.00831628051f};
     const float inlier_loss = z.excess * z.f * horner(c, z.f) + (z.one_plus_z * z.log_scale + (1 - z.scale));
     return inlier_scale * inlier_loss + gamma * (error - inlier);
@@ -21,28 +21,12 @@ struct HalfBalancedL1 : BalancedL1<float> {
 
   // As BalancedL1::derivative, with a polynomial for ln(1 + f) / f.
   HOST_DEVICE inline float derivative(float x) const {
-    const float error = std::fabs(x);
-    const Octave z(b_per_beta * (error > beta ? beta : error));  // NaN stays NaN
+    const Octave<float> z(b_per_beta * clamp_to_beta(std::fabs(x)));
     const float c[] = {0.999990592f, -0.499314652f, 0.324849581f, -0.209079536f, 0.100139733f, -0.0234436558f};
     return alpha * std::copysign(z.f * horner(c, z.f) + z.log_scale, x);
   }
 
  private:
-  // 1 + z = scale (1 + f), with scale a power of 2 and f in [0, 1); excess is scale f.
-  struct Octave {
-    float one_plus_z, scale, log_scale, excess, f;
-
-    HOST_DEVICE inline explicit Octave(float z) : one_plus_z(1 + z) {
-      constexpr int32_t one = 127 << 23, octave = 1 << 23;  // 1, and from 1 to 2, as bits of floats
-      constexpr float log_per_bit = 90852.f / (1 << 17) / octave;  // ln 2 in 17 bits: the log_scale of 1 is exactly 0
-      const int32_t power = bit_cast<int32_t>(one_plus_z) & -octave;
-      scale = bit_cast<float>(power);
-      log_scale = float(power) * log_per_bit - one * log_per_bit;
-      excess = z + (1 - scale);
-      f = excess * bit_cast<float>(2 * one - power);
-    }
-  };
-
   template <int size>
   HOST_DEVICE static inline float horner(const float (&c)[size], float x) {
     float sum = c[size - 1];
