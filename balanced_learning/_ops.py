@@ -52,7 +52,9 @@ def _is_taken_apart(tensors: Sequence[Tensor | None]) -> bool:
     """Tells whether function transforms or forward-mode AD need operations that they know."""
     if _torch_private.are_transforms_active():
         return True
-    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return _torch_private.is_forward_mode_active() and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
 
 
 def balanced_l1(

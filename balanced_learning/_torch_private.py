@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 
 def _assume_active() -> bool:
@@ -14,6 +15,15 @@ def _assume_active() -> bool:
 # Whether a function transform (torch.func) is active. Where torch does not tell, one may always be: the loss is then
 # the formula that every transform can take apart.
 are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", _assume_active)
+
+
+_tells_forward_mode = hasattr(forward_ad, "_current_level")
+
+
+def is_forward_mode_active() -> bool:
+    """Whether tensors may have tangents (``torch.autograd.forward_ad``): asking each for its own takes longer."""
+    return not _tells_forward_mode or forward_ad._current_level >= 0
+
 
 # A context in which ops run past the Python that would record their derivatives. Without it they pass through.
 below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)

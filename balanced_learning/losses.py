@@ -84,9 +84,10 @@ def balanced_l1_loss(
 
     kernels = _ops.uses_kernels(input, target, weight)
     one_type = input.dtype == target.dtype == dtype and (weight is None or weight.dtype == dtype)
-    if not (kernels and one_type and dtype.itemsize > 1):
-        input, target = input.to(compute_dtype), target.to(compute_dtype)
-        weight = None if weight is None else weight.to(compute_dtype)
+    if kernels and one_type and dtype.itemsize > 1:
+        return _ops.balanced_l1(input, target, weight, alpha, gamma, beta, reduction, kernels=True)
+    input, target = input.to(compute_dtype), target.to(compute_dtype)
+    weight = None if weight is None else weight.to(compute_dtype)
     return _ops.balanced_l1(input, target, weight, alpha, gamma, beta, reduction, kernels=kernels).to(dtype)
 
 

@@ -49,10 +49,15 @@ def environment(device: str) -> dict[str, Any]:
     return {"device": name, "versions": without_files(backend_info()), "commit": commit()}
 
 
-def commit(revision: str = "--dirty") -> str:
-    """The name of a commit; by default, of the one that is checked out, and whether files differ from it."""
-    describe = ["git", "describe", "--always", "--abbrev=12", revision]
-    return subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+def commit() -> str:
+    """The commit: that of the clone or, in a copy without git, what BALANCED_LEARNING_COMMIT says it is."""
+    if "BALANCED_LEARNING_COMMIT" in os.environ:
+        return os.environ["BALANCED_LEARNING_COMMIT"]
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def without_files(versions: dict[str, Any]) -> dict[str, Any]:
@@ -108,6 +113,13 @@ def markdown(rows: Sequence[dict[str, str]], words: int = 0) -> str:
 
 
 def write(file: Path, results: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n")
+    save(file, results)
     print(f"wrote {file}")
+
+
+def save(file: Path, results: dict[str, Any]) -> None:
+    """Writes the results so far, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    part.replace(file)

@@ -41,8 +41,8 @@ def main() -> None:
     counted = [count(ROOT, compiler, commit())]
     if args.revision:
         with tempfile.TemporaryDirectory() as folder:
-            check_out(args.revision, Path(folder))
-            counted.insert(0, count(Path(folder), compiler, commit(args.revision)))
+            name = check_out(args.revision, Path(folder))
+            counted.insert(0, count(Path(folder), compiler, name))
     print(markdown([cells(counts["commit"], row) for counts in counted for row in counts["kernels"]], words=2))
     results = {"compiler": version.splitlines()[-1], "architecture": args.architecture, "gpu": H100, "counted": counted}
     write(args.output / "kernel_instructions.json", results)
@@ -73,12 +73,16 @@ def cuobjdump(compiler: str) -> str:
     return found or sys.exit(f"counting instructions needs cuobjdump, which is not in {', '.join(folders)}")
 
 
-def check_out(revision: str, folder: Path) -> None:
-    archive = subprocess.run(["git", "archive", revision, "csrc"], cwd=ROOT, capture_output=True)
-    if archive.returncode:
-        sys.exit(f"--revision {revision}: {archive.stderr.decode().strip()}")
-    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+def check_out(revision: str, folder: Path) -> str:
+    """Writes the kernels of a commit, whose name it returns."""
+    with tarfile.open(fileobj=io.BytesIO(git("archive", revision, "csrc"))) as files:
         files.extractall(folder, filter="data")
+    return git("rev-parse", "--short=12", revision).decode().strip()
+
+
+def git(*arguments: str) -> bytes:
+    result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True)
+    return sys.exit(f"git {' '.join(arguments)}: {result.stderr.decode()}") if result.returncode else result.stdout
 
 
 def count(folder: Path, compiler: list[str], commit: str) -> dict[str, Any]:

@@ -13,22 +13,29 @@ from torch.utils.data import dataloader
 import balanced_learning
 from balanced_learning import _ops, _torch_private, balanced_l1_loss
 
-NAMES = ("_are_functorch_transforms_active", "_AutoDispatchBelowAutograd")
+NAMES = [
+    (torch._C, "_are_functorch_transforms_active"),
+    (torch._C, "_AutoDispatchBelowAutograd"),
+    (forward_ad, "_current_level"),
+]
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=NAMES, ids=lambda name: name[1])
 def absent(request, monkeypatch):
     """The library as in a torch without one of the names; torch itself keeps it."""
     with monkeypatch.context() as context:
-        context.delattr(torch._C, request.param)
+        context.delattr(*request.param)
         importlib.reload(_torch_private)
-    yield request.param
+    yield request.param[1]
     importlib.reload(_torch_private)
 
 
 def test_this_torch_has_the_names():
     assert _torch_private.are_transforms_active is torch._C._are_functorch_transforms_active
     assert _torch_private.below_autograd is torch._C._AutoDispatchBelowAutograd
+    assert not _torch_private.is_forward_mode_active()
+    with forward_ad.dual_level():
+        assert _torch_private.is_forward_mode_active()
     assert callable(dataloader._MultiProcessingDataLoaderIter._shutdown_workers)
 
 
@@ -61,8 +68,6 @@ def test_results_without_a_name(absent):
 
 @pytest.mark.usefixtures("kernels")
 def test_speed_without_a_name(absent):
-    if absent == "_AutoDispatchBelowAutograd":
-        assert _torch_private.below_autograd is nullcontext
-        assert _ops.uses_kernels(torch.zeros(3))
-    else:
-        assert not _ops.uses_kernels(torch.zeros(3))
+    assert _ops.uses_kernels(torch.zeros(3)) == (absent != "_are_functorch_transforms_active")
+    assert (_torch_private.below_autograd is nullcontext) == (absent == "_AutoDispatchBelowAutograd")
+    assert _torch_private.is_forward_mode_active() == (absent == "_current_level")
