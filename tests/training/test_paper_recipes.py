@@ -22,7 +22,7 @@ FASTER = {
     "strides": [4, 8, 16, 32, 64],
     "sizes": [(32,), (64,), (128,), (256,), (512,)],
     "ratios": (0.5, 1.0, 2.0),
-    "rounded": True,
+    "corners": "centered",
     "rpn thresholds": (0.7, 0.3, True),
     "rpn sampler": (256, 0.5, "random", None),
     "rpn border": 0,
@@ -64,7 +64,7 @@ THIRDS = [tuple(4 * stride * 2 ** (third / 3) for third in range(3)) for stride 
 RETINANET = {
     **{name: FASTER[name] for name in ("backbone", "norm", "trained", "channels", "path", "pyramid", "levels")},
     **{
-        name: FASTER[name] for name in ("ratios", "rounded", "size", "mean, std", "init", "schedule", "warm-up", "data")
+        name: FASTER[name] for name in ("ratios", "corners", "size", "mean, std", "init", "schedule", "warm-up", "data")
     },
     "strides": [8, 16, 32, 64, 128],
     "sizes": [pytest.approx(level) for level in THIRDS],
@@ -79,7 +79,7 @@ RETINANET = {
 LIBRA_RETINANET = {"pyramid": ("NonLocal", 1), "loss": ("BalancedL1Loss", 0.11, 0.5, 1.5, 1.0)}
 
 OF_SECOND_STAGE = ("thresholds", "sampler", "pool", "head", "coder", "loss", "test")
-OF_RPN = [name for name in FASTER if name.startswith("rpn") or name in ("strides", "sizes", "ratios", "rounded")]
+OF_RPN = [name for name in FASTER if name.startswith("rpn") or name in ("strides", "sizes", "ratios", "corners")]
 RPN = {name: value for name, value in FASTER.items() if name not in OF_SECOND_STAGE} | {
     "rpn before NMS": (2000, 2000),
     "rpn after NMS": (2000, 2000),
@@ -93,7 +93,7 @@ LIBRA_RPN = {
 FAST = {name: value for name, value in FASTER.items() if name not in OF_RPN} | {"data": ("hflip", 0, 1000)}
 
 MODERN = {
-    "rounded": False,
+    "corners": "exact",
     "warm-up": (500, 0.001),
 }
 MODERN_RPN = {"rpn border": None, "rpn loss": ("SmoothL1Loss", 0.0, None, None)}
@@ -247,7 +247,7 @@ def facts_of(config, model):
             "strides": generator.strides,
             "sizes": generator.sizes,
             "ratios": generator.aspect_ratios[0],
-            "rounded": generator.rounded,
+            "corners": "centered" if generator.centered else "rounded" if generator.rounded else "exact",
         }
     if is_retinanet:
         return facts | {
