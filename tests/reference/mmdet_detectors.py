@@ -4,19 +4,14 @@ Written for the tests from what mmdetection 3.3.0, and 1.x where ``legacy`` is s
 configurations of Faster R-CNN and RetinaNet with a pyramid, plain or balanced. Nothing of torchvision is used.
 """
 
-from collections.abc import Mapping
-from itertools import count
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from balanced_learning import BalancedFeaturePyramid
-from tests.reference.mmdet import explicit_pyramid, path_aggregation
 from tests.reference.mmdet_boxes import anchors, decode, kept, levels, preprocess, roi_align
+from tests.reference.mmdet_maps import State, conv, features
 
-State = Mapping[str, Tensor]
 RPN_SCALES, RETINA_SCALES = [8.0], [4 * 2 ** (k / 3) for k in range(3)]
 ONES, RCNN_STDS = (1.0, 1.0, 1.0, 1.0), (0.1, 0.1, 0.2, 0.2)
 
@@ -25,96 +20,6 @@ class Detections(NamedTuple):
     boxes: Tensor  # [D, 4] in pixels of the image
     scores: Tensor
     classes: Tensor  # from 0 on
-
-
-def conv(state: State, name: str, x: Tensor, stride: int = 1) -> Tensor:
-    """The convolution of this name, padded so that stride 1 keeps the size."""
-    weight = state[f"{name}.weight"]
-    groups = x.shape[1] // weight.shape[1]
-    return F.conv2d(x, weight, state.get(f"{name}.bias"), stride, weight.shape[-1] // 2, groups=groups)
-
-
-def norm(state: State, name: str, x: Tensor) -> Tensor:
-    """Batch norm with the statistics that training left."""
-    mean, var, weight, bias = (
-        state[f"{name}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
-    )
-    return (x - mean) / (var + 1e-5).sqrt() * weight + bias
-
-
-def backbone(state: State, x: Tensor) -> list[Tensor]:
-    """C2 to C5 of a ResNet or ResNeXt; the stride of a bottleneck is in its 3 x 3 convolution."""
-    x = F.max_pool2d(norm(state, "backbone.bn1", conv(state, "backbone.conv1", x, 2)).relu(), 3, 2, 1)
-    maps = []
-    for stage in range(1, 5):
-        for block in count():
-            key = f"backbone.layer{stage}.{block}"
-            if f"{key}.conv1.weight" not in state:
-                break
-            x = _residual_block(state, key, x, 2 if stage > 1 and block == 0 else 1)
-        maps.append(x)
-    return maps
-
-
-def _residual_block(state: State, key: str, x: Tensor, stride: int) -> Tensor:
-    bottleneck = f"{key}.conv3.weight" in state
-    strides = (1, stride, 1) if bottleneck else (stride, 1)
-    y = x
-    for i, step in enumerate(strides, start=1):
-        y = norm(state, f"{key}.bn{i}", conv(state, f"{key}.conv{i}", y, step))
-        if i < len(strides):
-            y = y.relu()
-    if f"{key}.downsample.0.weight" in state:
-        x = norm(state, f"{key}.downsample.1", conv(state, f"{key}.downsample.0", x, stride))
-    return (x + y).relu()
-
-
-def pyramid(state: State, maps: list[Tensor]) -> list[Tensor]:
-    """Five levels of the neck before it balances them: of FPN or PAFPN, from C2 on or, with extra convolutions, C3."""
-    neck = "neck.0" if "neck.0.lateral_convs.0.conv.weight" in state else "neck"
-    used = next(i for i in count() if f"{neck}.lateral_convs.{i}.conv.weight" not in state)
-    laterals = [conv(state, f"{neck}.lateral_convs.{i}.conv", x) for i, x in enumerate(maps[-used:])]
-    for i in range(used - 1, 0, -1):
-        laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], laterals[i - 1].shape[2:], mode="nearest")
-    outputs = [conv(state, f"{neck}.fpn_convs.{i}.conv", x) for i, x in enumerate(laterals)]
-    if f"{neck}.fpn_convs.{used}.conv.weight" in state:
-        outputs.append(conv(state, f"{neck}.fpn_convs.{used}.conv", maps[-1], 2))
-        outputs.append(conv(state, f"{neck}.fpn_convs.{used + 1}.conv", outputs[-1], 2))
-    else:
-        outputs.append(outputs[-1][..., ::2, ::2])
-    if f"{neck}.downsample_convs.0.conv.weight" not in state:
-        return outputs
-    own = {"downsample_convs": "down", "pafpn_convs": "out"}
-    parameters = {
-        f"{own[part]}.{i}.{end}": state[f"{neck}.{part}.{i}.conv.{end}"]
-        for part in own
-        for i in range(used - 1)
-        for end in ("weight", "bias")
-    }
-    return path_aggregation(outputs, parameters, used)
-
-
-@torch.no_grad()
-def balanced(state: State, maps: list[Tensor]) -> list[Tensor]:
-    """The levels after BFP, if the neck has it, at the refine level of the configurations: P4."""
-    if "neck.1.refine.theta.conv.weight" not in state:
-        return maps
-    own = {"theta": "theta", "phi": "phi", "g": "g", "conv_out": "out"}
-    level = 1 if "bbox_head.retina_cls.weight" in state else 2
-    bfp = BalancedFeaturePyramid(maps[0].shape[1], refine_level=level).to(maps[0])
-    bfp.load_state_dict(
-        {
-            f"refine.{own[part]}.{end}": state[f"neck.1.refine.{part}.conv.{end}"]
-            for part in own
-            for end in ("weight", "bias")
-        }
-    )
-    return explicit_pyramid(bfp, maps)
-
-
-def features(state: State, batch: Tensor) -> list[Tensor]:
-    """What the heads see, finest level first."""
-    return balanced(state, pyramid(state, backbone(state, batch)))
 
 
 def rpn_head(state: State, level: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,50 +80,85 @@ def roi_features(maps: list[Tensor], boxes: Tensor, *, legacy: bool = False) -> 
     return pooled
 
 
+def mask_head(state: State, pooled: Tensor) -> Tensor:
+    """Logits [R, rows, 2 H, 2 W] of the masks in boxes with the features [R, C, H, W]."""
+    prefix = "roi_head.mask_head" if "roi_head.mask_head.upsample.weight" in state else "mask_head"
+    x = pooled
+    for i in range(4):
+        x = conv(state, f"{prefix}.convs.{i}.conv", x).relu()
+    weight, bias = state[f"{prefix}.upsample.weight"], state[f"{prefix}.upsample.bias"]
+    x = torch.einsum("rcyx,cdij->rdyixj", x, weight).flatten(4).flatten(2, 3) + bias[:, None, None]
+    return conv(state, f"{prefix}.conv_logits", x.relu())
+
+
 def detect_two_stages(state: State, image: Tensor, scale: tuple[int, int], *, legacy: bool = False) -> Detections:
     """Detections of a Faster R-CNN in an image [3, H, W] of values in [0, 1]."""
     batch, size = preprocess(image, scale)
     maps = features(state, batch)
     boxes = proposals(state, maps, size, legacy=legacy)
     logits, deltas = box_head(state, roi_features(maps, boxes, legacy=legacy))
+    return best_of_proposals(logits, deltas, boxes, size, image.shape[1:], legacy=legacy)
+
+
+def best_of_proposals(
+    logits: Tensor, deltas: Tensor, boxes: Tensor, size: tuple[int, int], original: tuple[int, int], *, legacy=False
+) -> Detections:
+    """Of each class above 0.05 what suppression at 0.5 leaves, in the ``original`` size; the 100 best of all."""
     scores = logits.softmax(dim=1)
     if legacy:  # the background is the first class, of boxes too
         scores, deltas = scores[:, 1:], deltas[:, 1:]
     else:
         scores = scores[:, :-1]
-    found = _in_image(decode(boxes, deltas, RCNN_STDS, size, legacy=legacy), image, size)
     place, label = (scores > 0.05).nonzero().unbind(1)
-    return _best(found[place, label], scores[place, label], label, legacy=legacy)
+    found = decode(boxes, deltas, RCNN_STDS, size, legacy=legacy)[place, label]
+    return _best(_rescaled(found, size, original), scores[place, label], label, legacy=legacy)
 
 
 def detect_retinanet(state: State, image: Tensor, scale: tuple[int, int], *, legacy: bool = False) -> Detections:
-    """Detections of a RetinaNet: of each level the 1,000 best pairs of anchor and class above 0.05.
-
-    mmdetection 1 takes the 1,000 anchors with the best class instead, and all their classes.
-    """
+    """Detections of a RetinaNet in an image [3, H, W] of values in [0, 1]."""
     batch, size = preprocess(image, scale)
-    boxes, scores, labels = [], [], []
-    for i, level in enumerate(features(state, batch)):
-        logits, deltas = retina_head(state, level)
-        candidates = anchors(level.shape[2:], 8 * 2**i, RETINA_SCALES, legacy=legacy, dtype=level.dtype)
-        found = decode(candidates, deltas[:, None], ONES, size, legacy=legacy)[:, 0]
+    maps = features(state, batch)
+    outputs = [retina_head(state, level) for level in maps]
+    boxes = [
+        anchors(level.shape[2:], 8 * 2**i, RETINA_SCALES, legacy=legacy, dtype=level.dtype)
+        for i, level in enumerate(maps)
+    ]
+    return best_of_anchors(outputs, boxes, size, image.shape[1:], legacy=legacy)
+
+
+def best_of_anchors(
+    outputs: list[tuple[Tensor, Tensor]],
+    boxes: list[Tensor],
+    size: tuple[int, int],
+    original: tuple[int, int],
+    *,
+    legacy: bool = False,
+) -> Detections:
+    """As :func:`best_of_proposals`, of the 1,000 best pairs of anchor and class of each level that are above 0.05.
+
+    mmdetection 1 takes the 1,000 anchors with the best class instead, and all their classes. Boxes without area, as
+    anchors in the padding become, are left out.
+    """
+    found, scores, labels = [], [], []
+    for (logits, deltas), level in zip(outputs, boxes, strict=True):
+        decoded = decode(level, deltas[:, None], ONES, size, legacy=legacy)[:, 0]
         probabilities = logits.sigmoid()
         if legacy:
             best = probabilities.amax(dim=1).argsort(descending=True, stable=True)[:1000]
-            found, probabilities = found[best], probabilities[best]
+            decoded, probabilities = decoded[best], probabilities[best]
         place, label = (probabilities > 0.05).nonzero().unbind(1)
         order = probabilities[place, label].argsort(descending=True, stable=True)[: None if legacy else 1000]
-        boxes.append(found[place[order]])
+        found.append(decoded[place[order]])
         scores.append(probabilities[place[order], label[order]])
         labels.append(label[order])
-    found = torch.cat(boxes)
-    valid = (found[:, 2:] - found[:, :2] + float(legacy) > 0).all(dim=1)
-    found = _in_image(found[valid], image, size)
-    return _best(found, torch.cat(scores)[valid], torch.cat(labels)[valid], legacy=legacy)
+    candidates = torch.cat(found)
+    valid = (candidates[:, 2:] - candidates[:, :2] + float(legacy) > 0).all(dim=1)
+    in_image = _rescaled(candidates[valid], size, original)
+    return _best(in_image, torch.cat(scores)[valid], torch.cat(labels)[valid], legacy=legacy)
 
 
-def _in_image(boxes: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-    height, width = (before / after for before, after in zip(image.shape[1:], size, strict=True))
+def _rescaled(boxes: Tensor, size: tuple[int, int], original: tuple[int, int]) -> Tensor:
+    height, width = (before / after for before, after in zip(original, size, strict=True))
     return boxes * boxes.new_tensor([width, height, width, height])
 
 

@@ -42,13 +42,12 @@ def synthetic_state(
     version: int = 3,
     classes: int = 80,
     channels: int = 256,
-    hidden: int = 1024,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """The state dict of a detector of mmdetection: kind "faster_rcnn", "mask_rcnn" or "retinanet".
 
     ``version=1`` gives what mmdetection 1 saved: heads of the second stage without ``roi_head``, the background as the
-    first class of scores, boxes and masks. ``channels`` are the pyramid's, ``hidden`` those of the box head.
+    first class of scores, boxes and masks. ``channels`` are the pyramid's.
     """
     generator = torch.Generator().manual_seed(seed)
     neck = "neck.0" if libra else "neck"
@@ -65,7 +64,7 @@ def synthetic_state(
     if kind == "retinanet":
         shapes |= dict(_retina_head(channels, classes))
     else:
-        shapes |= dict(_two_stages(kind, channels, hidden, classes, version))
+        shapes |= dict(_two_stages(kind, channels, classes, version))
     return {key: _values(key, shape, generator) for key, shape in shapes.items()}
 
 
@@ -128,20 +127,20 @@ def _retina_head(channels: int, classes: int) -> Shapes:
     yield from _conv("bbox_head.retina_reg", channels, 9 * 4, 3).items()
 
 
-def _two_stages(kind: str, channels: int, hidden: int, classes: int, version: int) -> Shapes:
+def _two_stages(kind: str, channels: int, classes: int, version: int) -> Shapes:
     yield from _conv("rpn_head.rpn_conv", channels, channels, 3).items()
     yield from _conv("rpn_head.rpn_cls", channels, 3, 1).items()
     yield from _conv("rpn_head.rpn_reg", channels, 12, 1).items()
     prefix, rows = ("", classes + 1) if version == 1 else ("roi_head.", classes)
-    yield from _linear(f"{prefix}bbox_head.fc_cls", hidden, classes + 1).items()
-    yield from _linear(f"{prefix}bbox_head.fc_reg", hidden, 4 * rows).items()
-    yield from _linear(f"{prefix}bbox_head.shared_fcs.0", channels * 7 * 7, hidden).items()
-    yield from _linear(f"{prefix}bbox_head.shared_fcs.1", hidden, hidden).items()
+    yield from _linear(f"{prefix}bbox_head.fc_cls", 1024, classes + 1).items()
+    yield from _linear(f"{prefix}bbox_head.fc_reg", 1024, 4 * rows).items()
+    yield from _linear(f"{prefix}bbox_head.shared_fcs.0", channels * 7 * 7, 1024).items()
+    yield from _linear(f"{prefix}bbox_head.shared_fcs.1", 1024, 1024).items()
     if kind == "mask_rcnn":
         for i in range(4):
-            yield from _conv(f"{prefix}mask_head.convs.{i}.conv", channels, channels, 3).items()
-        yield from _conv(f"{prefix}mask_head.upsample", channels, channels, 2).items()
-        yield from _conv(f"{prefix}mask_head.conv_logits", channels, rows, 1).items()
+            yield from _conv(f"{prefix}mask_head.convs.{i}.conv", 256 if i else channels, 256, 3).items()
+        yield from _conv(f"{prefix}mask_head.upsample", 256, 256, 2).items()
+        yield from _conv(f"{prefix}mask_head.conv_logits", 256, rows, 1).items()
 
 
 def _values(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
