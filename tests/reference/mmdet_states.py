@@ -14,6 +14,7 @@ BLOCKS = {
     "resnet18": (2, 2, 2, 2),
     "resnet50": (3, 4, 6, 3),
     "resnet101": (3, 4, 23, 3),
+    "resnext50_32x4d": (3, 4, 6, 3),
     "resnext101_64x4d": (3, 4, 23, 3),
 }
 PUBLISHED = {
@@ -84,6 +85,7 @@ def _linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
 def _backbone(name: str) -> Shapes:
     yield "backbone.conv1.weight", (64, 3, 7, 7)
     yield from _norm("backbone.bn1", 64)
+    groups = {"resnext50_32x4d": 32, "resnext101_64x4d": 64}.get(name, 1)
     inputs = 64
     for i, (blocks, outputs) in enumerate(zip(BLOCKS[name], _widths(name), strict=True)):
         planes = 64 * 2**i
@@ -91,10 +93,9 @@ def _backbone(name: str) -> Shapes:
             key = f"backbone.layer{i + 1}.{j}"
             if name == "resnet18":
                 convs = [(planes, inputs, 3), (planes, planes, 3)]
-            elif name == "resnext101_64x4d":
-                convs = [(4 * planes, inputs, 1), (4 * planes, 4 * planes // 64, 3), (outputs, 4 * planes, 1)]
             else:
-                convs = [(planes, inputs, 1), (planes, planes, 3), (outputs, planes, 1)]
+                each = planes // 16 if groups > 1 else planes  # channels of a group
+                convs = [(each * groups, inputs, 1), (each * groups, each, 3), (outputs, each * groups, 1)]
             for k, (after, before, size) in enumerate(convs, start=1):
                 yield f"{key}.conv{k}.weight", (after, before, size, size)
                 yield from _norm(f"{key}.bn{k}", after)
