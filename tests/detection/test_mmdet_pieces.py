@@ -102,7 +102,7 @@ def test_box_head(legacy):
     torch.testing.assert_close(deltas.unflatten(1, (-1, 4))[:, 1:], expected_deltas[:, 1 if legacy else 0 :], **EXACT)
 
 
-@VERSIONS
+@pytest.mark.parametrize("legacy", [False, pytest.param(True, marks=SLOW)])
 def test_mask_head(legacy):
     state, model = detector("mask_rcnn", libra=False, legacy=legacy)
     maps, boxes = pyramid_of(PADDED), random_boxes(3, SIZE, smallest=20)

@@ -79,16 +79,19 @@ def decode(boxes: Tensor, deltas: Tensor, stds: tuple[float, ...], size: tuple[i
 def kept(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, *, legacy=False) -> Tensor:
     """Indices that non-maximum suppression in each group leaves, best score first."""
     one = float(legacy)
-    areas = (boxes[:, 2:] - boxes[:, :2] + one).prod(dim=1)
-    left, result = scores.argsort(descending=True, stable=True), []
-    while len(left):
-        i, left = left[0], left[1:]
-        result.append(i)
-        top, bottom = torch.maximum(boxes[left, :2], boxes[i, :2]), torch.minimum(boxes[left, 2:], boxes[i, 2:])
-        overlap = (bottom - top + one).clamp(min=0).prod(dim=1)
-        covered = overlap > threshold * (areas[left] + areas[i] - overlap)
-        left = left[~covered | (groups[left] != groups[i])]
-    return torch.stack(result) if result else left
+    order, result = scores.argsort(descending=True, stable=True), []
+    for group in groups.unique():
+        left = order[groups[order] == group]
+        while len(left):
+            best, left = left[:1], left[1:]
+            result.append(best)
+            first, rest = boxes[best], boxes[left]
+            sides = torch.minimum(first[:, 2:], rest[:, 2:]) - torch.maximum(first[:, :2], rest[:, :2]) + one
+            overlap = sides.clamp(min=0).prod(dim=1)
+            areas = [(x[:, 2:] - x[:, :2] + one).prod(dim=1) for x in (first, rest)]
+            left = left[overlap <= threshold * (areas[0] + areas[1] - overlap)]
+    found = torch.cat([order[:0], *result])
+    return found[scores[found].argsort(descending=True, stable=True)]
 
 
 def levels(boxes: Tensor, *, legacy: bool = False) -> Tensor:

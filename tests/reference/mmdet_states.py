@@ -23,8 +23,8 @@ PUBLISHED = {
     "libra_faster_rcnn_x101_64x4d_fpn_1x": ("faster_rcnn", "resnext101_64x4d"),
     "libra_retinanet_r50_fpn_1x": ("retinanet", "resnet50"),
 }
-GAINS = {"lateral_convs": 0.3, "fpn_convs": 1.0, "refine": 0.5, "rpn_cls": 1.5, "rpn_reg": 0.2, "fc_cls": 3.0}
-GAINS |= {"fc_reg": 0.7, "retina_cls": 0.7, "retina_reg": 0.2}
+GAINS = {"lateral_convs": 0.3, "fpn_convs": 1.0, "refine": 0.5, "rpn_cls": 1.5, "rpn_reg": 0.05, "fc_cls": 2.0}
+GAINS |= {"fc_reg": 0.7, "retina_cls": 0.7, "retina_reg": 0.05}
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
@@ -156,7 +156,7 @@ def _values(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Ten
         return size * (1 + 0.1 * normal) if key.endswith("weight") else 0.1 * normal
     if key.endswith("bias"):
         if "retina_cls" in key:
-            return normal - 5
+            return normal - 7
         return 0.1 * normal
     scale = next((gain for name, gain in GAINS.items() if name in key), math.sqrt(2))
     return scale / math.sqrt(math.prod(shape[1:])) * normal
