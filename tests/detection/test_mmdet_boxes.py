@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from balanced_learning.detection import from_mmdet
 from tests.detection.mmdet_models import (
     EXACT,
     KINDS,
@@ -16,6 +17,7 @@ from tests.detection.mmdet_models import (
     random_boxes,
 )
 from tests.reference import mmdet_boxes, mmdet_detectors
+from tests.reference.mmdet_states import synthetic_state
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +87,14 @@ def test_features_of_boxes(legacy):
     ours = model.roi_heads.box_roi_pool(maps, [boxes], [(600, 790)])
     theirs = mmdet_detectors.roi_features(list(maps.values()), last_pixels(boxes, legacy), legacy=legacy)
     torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+def test_features_of_boxes_in_a_first_image_that_is_mostly_padding():
+    """From whose size torchvision would take the finest maps for coarser ones."""
+    model = from_mmdet(synthetic_state(channels=8)).double()
+    maps, boxes = pyramid_of((64, 64), channels=3), random_boxes(5, (33, 36), smallest=9)
+    ours = model.roi_heads.box_roi_pool(maps, [boxes], [(33, 36)])
+    torch.testing.assert_close(ours, mmdet_detectors.roi_features(list(maps.values()), boxes), **EXACT)
 
 
 @pytest.mark.xfail(

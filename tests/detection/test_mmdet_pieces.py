@@ -59,6 +59,7 @@ def test_backbone(name):
         ("faster_rcnn", {"pafpn": True}),
         pytest.param("faster_rcnn", {"libra": False, "pafpn": True}, marks=SLOW),
         pytest.param("faster_rcnn", {"libra": False}, marks=SLOW),
+        pytest.param("faster_rcnn", {"refine": "conv"}, marks=SLOW),
         ("retinanet", {}),
         pytest.param("retinanet", {"libra": False}, marks=SLOW),
     ],

@@ -83,18 +83,17 @@ def pyramid(state: State, maps: list[Tensor]) -> list[Tensor]:
 @torch.no_grad()
 def balanced(state: State, maps: list[Tensor]) -> list[Tensor]:
     """The levels after BFP, if the neck has it, at the refine level of the configurations: P4."""
-    if "neck.1.refine.theta.conv.weight" not in state:
+    refine = {key.removeprefix("neck.1."): value for key, value in state.items() if key.startswith("neck.1.refine.")}
+    if not refine:
         return maps
-    own = {"theta": "theta", "phi": "phi", "g": "g", "conv_out": "out"}
     level = 1 if "bbox_head.retina_cls.weight" in state else 2
-    bfp = BalancedFeaturePyramid(maps[0].shape[1], refine_level=level).to(maps[0])
-    bfp.load_state_dict(
-        {
-            f"refine.{own[part]}.{end}": state[f"neck.1.refine.{part}.conv.{end}"]
-            for part in own
-            for end in ("weight", "bias")
-        }
+    is_conv = "refine.conv.weight" in refine
+    bfp = BalancedFeaturePyramid(maps[0].shape[1], refine_level=level, refine="conv" if is_conv else "non_local").to(
+        maps[0]
     )
+    if not is_conv:
+        refine = {key.replace("conv_out", "out").replace(".conv.", "."): value for key, value in refine.items()}
+    bfp.load_state_dict(refine)
     return explicit_pyramid(bfp, maps)
 
 

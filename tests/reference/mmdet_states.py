@@ -39,6 +39,7 @@ def synthetic_state(
     backbone: str = "resnet18",
     *,
     libra: bool = True,
+    refine: str = "non_local",
     pafpn: bool = False,
     version: int = 3,
     classes: int = 80,
@@ -48,7 +49,8 @@ def synthetic_state(
     """The state dict of a detector of mmdetection: kind "faster_rcnn", "mask_rcnn" or "retinanet".
 
     ``version=1`` gives what mmdetection 1 saved: heads of the second stage without ``roi_head``, the background as the
-    first class of scores, boxes and masks. ``channels`` are the pyramid's.
+    first class of scores, boxes and masks. ``refine`` is "non_local" or "conv".
+    ``channels`` are the pyramid's.
     """
     generator = torch.Generator().manual_seed(seed)
     neck = "neck.0" if libra else "neck"
@@ -59,7 +61,9 @@ def synthetic_state(
         for i in range(3):
             shapes |= _conv(f"{neck}.downsample_convs.{i}.conv", channels, channels, 3)
             shapes |= _conv(f"{neck}.pafpn_convs.{i}.conv", channels, channels, 3)
-    if libra:
+    if libra and refine == "conv":
+        shapes |= _conv("neck.1.refine.conv", channels, channels, 3)
+    elif libra:
         for part in ("g", "theta", "phi", "conv_out"):
             shapes |= _conv(f"neck.1.refine.{part}.conv", channels, channels, 1)
     if kind == "retinanet":
