@@ -11,7 +11,12 @@ class AlignedMultiScaleRoIAlign(MultiScaleRoIAlign):
 
     Arguments, attributes and the choice of a box's level are the same. A ``sampling_ratio`` of 0 takes as many points
     of a bin as it has pixels, rounded up.
+
+    Attributes:
+        shift (float): by which all boxes are moved, in cells of their level.
     """
+
+    shift = 0.0
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         if self.scales is None or self.map_levels is None:
@@ -21,8 +26,12 @@ class AlignedMultiScaleRoIAlign(MultiScaleRoIAlign):
         rois = torch.cat([images, torch.cat(boxes)], dim=1)  # [R, 5]
         level_of = self.map_levels(boxes)
         places = [torch.where(level_of == level)[0] for level in range(len(maps))]
+
+        def moved(rois: Tensor, scale: float) -> Tensor:
+            return rois if self.shift == 0 else rois + (self.shift / scale) * rois.new_tensor([0, 1, 1, 1, 1])
+
         pooled = [
-            roi_align(level, rois[place], self.output_size, scale, self.sampling_ratio, aligned=True)
+            roi_align(level, moved(rois[place], scale), self.output_size, scale, self.sampling_ratio, aligned=True)
             for level, place, scale in zip(maps, places, self.scales, strict=True)
         ]
         return torch.cat(pooled)[torch.cat(places).argsort()]

@@ -47,8 +47,12 @@ def convert(source: Path, target: Path) -> str:
     require_writable(target.parent)
     save(target, {"model": model}, config=config, labels=labels, position=start)
     others = [str(key) for key in content if key not in ("state_dict", "meta")] if "state_dict" in content else []
-    left_out = f"; leaves out: {printable(', '.join(others))}" if others else ""
-    return f"takes: {len(state)} tensors of a {layout}, {len(names)} classes{left_out}"
+    said = f"takes: {len(state)} tensors of a {layout}, {len(names)} classes"
+    if others:
+        said += f"; leaves out: {printable(', '.join(others))}"
+    if layout.counts_last_pixel:
+        said += "; of mmdetection 1: in resized images, boxes end up to a pixel early, which from_mmdet mends"
+    return said
 
 
 def settings(layout: Layout) -> dict[str, Any]:

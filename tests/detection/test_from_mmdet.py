@@ -19,7 +19,6 @@ from tests.training.coco_data import real_data
 __all__ = ["real_data"]
 
 SLOW = pytest.mark.slow
-LISTED = pytest.mark.xfail(strict=True, reason="to_mmdet names a neck without BFP as the first of a list")
 LAYOUTS = {
     "libra": {},
     "plain": {"libra": False},
@@ -76,9 +75,7 @@ def test_published_checkpoints_are_carried_over_without_rest(name, cls):
     assert contents(of_objects(model).values()) == contents(state.values())
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=LISTED) if LAYOUTS[name].get("libra") is False else name for name in LAYOUTS]
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_carried_over_without_rest_and_back_bit_by_bit(layout):
     state = cached_state(layout)
     model = from_mmdet(state)
@@ -216,3 +213,17 @@ def test_categories_of_a_checkpoint(layout, meta):
 def test_unknown_categories_have_no_name():
     model = from_mmdet(cached_state("libra", classes=2))
     assert (model.categories, model.category_ids) == ({}, {})
+
+
+def test_a_pyramid_without_refinement_is_seen_in_the_list_of_necks():
+    state = {key: value for key, value in cached_state().items() if not key.startswith("neck.1.")}
+    model = from_mmdet(state)
+    assert isinstance(model.backbone.bfp.refine, torch.nn.Identity)
+    assert to_mmdet(model).keys() == state.keys()
+
+
+def test_the_convolutions_of_old_retinanets_are_found():
+    new = cached_state("retinanet")
+    state = {re.sub(r"(bbox_head\.(?:cls|reg)_convs\.\d)\.conv", r"\1", key): value for key, value in new.items()}
+    assert "bbox_head.cls_convs.0.weight" in state
+    assert to_mmdet(from_mmdet(state)).keys() == new.keys()

@@ -97,9 +97,6 @@ def test_features_of_boxes_in_a_first_image_that_is_mostly_padding():
     torch.testing.assert_close(ours, mmdet_detectors.roi_features(list(maps.values()), boxes), **EXACT)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="torchvision's RoIAlign widens boxes that are narrower than a cell, where unaligned"
-)
 def test_features_of_narrow_boxes_of_mmdetection_1():
     _, model = detector(legacy=True)
     maps = pyramid_of(PADDED, channels=3)

@@ -67,7 +67,6 @@ def test_boxes_of_mmdetection_1_end_after_their_last_pixel(kind, photo):
     assert torch.equal(ours["labels"], theirs.classes + 1)
 
 
-@pytest.mark.xfail(strict=True, reason="boxes end after their last pixel before they are scaled to the image, not then")
 def test_boxes_of_mmdetection_1_are_scaled_with_their_last_pixels():
     _, model = detector(legacy=True)
     boxes = torch.tensor([[10.0, 20, 30, 40]])

@@ -58,7 +58,7 @@ def test_a_converted_checkpoint_detects_what_the_weights_do(kind, version, tmp_p
     ("content", "message"),
     [
         (b"no checkpoint", "not a checkpoint"),
-        ({"a": 1}, "state_dict must be a dict of tensors, got int as 'a'"),
+        ({"a": 1}, "state_dict must be a dict of names and tensors, got 'a': int"),
         ({"query_embed.weight": torch.zeros(3)}, "got 'query_embed.weight'"),
         (None, "No such file"),
     ],

@@ -65,7 +65,9 @@ def to_mmdet(model: FasterRCNN | RetinaNet) -> State:
         if (name := rename(key)) is None:
             raise ValueError(f"model must have no weights but those of mmdetection's detectors, got {key!r}")
         state[name] = background_last(name, value)
-    return state
+    if hasattr(model.backbone, "bfp"):
+        return state
+    return {key.replace("neck.0.", "neck."): value for key, value in state.items()}
 
 
 def unpack(content: Mapping[str, Any]) -> tuple[State, Mapping[str, Any]]:
@@ -81,8 +83,8 @@ def unpack(content: Mapping[str, Any]) -> tuple[State, Mapping[str, Any]]:
     if not isinstance(state, Mapping):
         raise TypeError(f"state_dict must be a dict of tensors, got {type(state).__name__}")
     for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"state_dict must be a dict of tensors, got {type(value).__name__} as {key!r}")
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            raise TypeError(f"state_dict must be a dict of names and tensors, got {key!r}: {type(value).__name__}")
     return {current_name(key): value for key, value in state.items()}, meta if isinstance(meta, Mapping) else {}
 
 

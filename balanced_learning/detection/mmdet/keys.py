@@ -3,7 +3,8 @@
 import re
 from collections.abc import Callable, Iterable
 
-# Of a list of necks, the FPN is the first, and the balanced pyramid the second. {} is a number; what follows stays.
+# The FPN is the first in a list of necks, of which a balanced pyramid is the second; alone, it has no number. {} is a
+# number; what follows stays.
 _NAMES = [
     ("backbone.", "backbone.body."),
     ("neck.0.lateral_convs.{}.conv.", "backbone.fpn.inner_blocks.{}.0."),
@@ -38,17 +39,17 @@ _RETINANET_NAMES = [
     ("bbox_head.retina_reg.", "head.regression_head.bbox_reg."),
 ]
 
-# What older versions, a single neck and processes that shared the work made of the same names.
+# What older versions, and processes that shared the work, made of the same names.
 _OLD_NAMES = [
     (r"module\.", ""),
-    (r"neck\.(?=[a-z])", "neck.0."),
+    (r"bbox_head\.(cls|reg)_convs\.(\d+)\.(?=weight|bias)", r"bbox_head.\1_convs.\2.conv."),
     (r"bbox_head\.(?=shared_fcs|fc_cls|fc_reg)", "roi_head.bbox_head."),
     (r"mask_head\.", "roi_head.mask_head."),
 ]
 
 
 def current_name(key: str) -> str:
-    """The name that mmdetection 3 gives to a weight of an older version, in a list of necks."""
+    """The name that mmdetection 3 gives to a weight of an older version."""
     for old, new in _OLD_NAMES:
         key = re.sub(f"^{old}", new, key)
     return key
@@ -66,10 +67,14 @@ def to_mmdetection(is_retinanet: bool) -> Callable[[str], str | None]:
 
 
 def _renaming(names: Iterable[tuple[str, str]]) -> Callable[[str], str | None]:
-    patterns = [(re.compile(re.escape(old).replace(r"\{\}", r"(\d+)") + "(.+)"), new + "{}") for old, new in names]
+    patterns = [(re.compile(_pattern(old)), new + "{}") for old, new in names]
 
     def rename(key: str) -> str | None:
         found = ((pattern.fullmatch(key), new) for pattern, new in patterns)
         return next((new.format(*match.groups()) for match, new in found if match), None)
 
     return rename
+
+
+def _pattern(name: str) -> str:
+    return re.escape(name).replace(r"\{\}", r"(\d+)").replace(r"neck\.0\.", r"neck\.(?:0\.)?") + "(.+)"

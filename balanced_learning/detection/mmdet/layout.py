@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.ops import MultiScaleRoIAlign
 
 from ...losses import BalancedL1Loss
 from ...pyramid import BalancedFeaturePyramid
@@ -15,6 +16,7 @@ from ..conventions import apply_conventions
 from ..normalization import FrozenStatisticsBatchNorm2d
 from ..pooling import settle_strides
 from .classes import ANCHORS
+from .first_version import LastPixelTransform, UnalignedMultiScaleRoIAlign
 from .keys import to_torchvision
 from .resizing import RoundingTransform
 
@@ -46,7 +48,7 @@ class Layout:
         backbone: torchvision's name of it.
         num_classes: background included.
         channels: of the levels of the pyramid.
-        refine: of the balanced pyramid: ``"non_local"``, ``"conv"``; ``None`` without a balanced pyramid.
+        refine: of the balanced pyramid: ``"non_local"``, ``"conv"`` or ``"none"``; ``None`` without such a pyramid.
         has_path: whether there is the bottom-up path of PAFPN.
         p6_from: of a RetinaNet, ``"c5"`` or ``"p5"``.
         counts_last_pixel: whether the width of a box is that from its first to its last pixel, both counted, as in
@@ -92,23 +94,26 @@ class Layout:
                 "state_dict must hold the weights of mmdetection's Faster R-CNN, Mask R-CNN or RetinaNet, "
                 + (f"got {odd!r}" if odd else f"and has none of {', '.join(map(repr, _KINDS))}")
             )
-        lateral = _get(state, "neck.0.lateral_convs.0.conv.weight")
+        has_list = any(key.startswith("neck.0.") for key in state)
+        fpn = "neck.0" if has_list else "neck"
+        lateral = _get(state, f"{fpn}.lateral_convs.0.conv.weight")
         if kind is RetinaNet:
             num_classes = _get(state, "bbox_head.retina_cls.weight").shape[0] // ANCHORS + 1
-            from_c5 = _get(state, "neck.0.fpn_convs.3.conv.weight").shape[1] != lateral.shape[0]
+            from_c5 = _get(state, f"{fpn}.fpn_convs.3.conv.weight").shape[1] != lateral.shape[0]
             is_first = version.startswith(("0.", "1."))
         else:
             num_classes = _get(state, "roi_head.bbox_head.fc_cls.weight").shape[0]
             from_c5 = False
             is_first = len(_get(state, "roi_head.bbox_head.fc_reg.weight")) == 4 * num_classes
-        has_conv, has_attention = (f"neck.1.refine.{name}.weight" in state for name in ("conv", "g.conv"))
+        refinements = {"neck.1.refine.conv.weight": "conv", "neck.1.refine.g.conv.weight": "non_local"}
+        refine = next((name for key, name in refinements.items() if key in state), "none" if has_list else None)
         return cls(
             kind=kind,
             backbone=_backbone(state),
             num_classes=num_classes,
             channels=lateral.shape[0],
-            refine="non_local" if has_attention else "conv" if has_conv else None,
-            has_path="neck.0.downsample_convs.0.conv.weight" in state,
+            refine=refine,
+            has_path=f"{fpn}.downsample_convs.0.conv.weight" in state,
             p6_from="c5" if from_c5 else "p5",
             counts_last_pixel=is_first,
         )
@@ -126,15 +131,19 @@ class Layout:
         parts: dict[str, Any] = {"box_loss": loss(beta=self.beta, reduction="sum"), "path_aggregation": self.has_path}
         refine_level = 1 if self.is_retinanet else 2
         parts["pyramid"] = is_libra and BalancedFeaturePyramid(
-            self.channels, refine_level=refine_level, refine=self.refine
+            self.channels, refine_level=refine_level, refine=None if self.refine == "none" else self.refine
         )
         if not self.is_retinanet:
             parts["sampler"] = is_libra
         apply_libra(model, **parts)
         apply_conventions(model, **self._conventions())
-        model.transform.__class__ = RoundingTransform
+        model.transform.__class__ = LastPixelTransform if self.counts_last_pixel else RoundingTransform
         if not self.is_retinanet:
             settle_strides(model)
+            if self.counts_last_pixel:
+                for pool in model.roi_heads.children():
+                    if isinstance(pool, MultiScaleRoIAlign):
+                        pool.__class__ = UnalignedMultiScaleRoIAlign
         return model.eval()
 
     @property
@@ -167,8 +176,8 @@ def _backbone(state: Mapping[str, Tensor]) -> str:
     groups = channels // of_group if "backbone.layer1.0.conv3.weight" in state else 0
     if (blocks, channels, groups) not in _BACKBONES:
         raise ValueError(
-            f"state_dict must have a backbone among {', '.join(_BACKBONES.values())}, got one with {blocks} blocks "
-            f"and {channels} channels in {groups} groups"
+            f"state_dict must have a backbone among {', '.join(_BACKBONES.values())}, got one with {blocks} blocks, "
+            f"{channels} channels and {groups or 'no'} groups of them in bottlenecks"
         )
     return _BACKBONES[blocks, channels, groups]
 
