@@ -1,0 +1,298 @@
+// Runs kernels on the CPU: each thread is a fiber, and blocks run one after the other, in random order.
+//
+// Threads go on in random order, from one point where they wait for others to the next; at times one of them runs ahead
+// as far as it can. Where a GPU would hang or do anything at all, the launch throws.
+//
+// This file is compiled without sanitizers, and tells them what it does. The thread sanitizer takes fibers for threads
+// that barriers order. A block runs on one of two sets of fibers, by chance, and nothing orders the sets before the grid
+// ends: so the sanitizer sees races between blocks, too.
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+// Null without the sanitizer.
+extern "C" {
+[[gnu::weak]] void* __tsan_get_current_fiber();
+[[gnu::weak]] void* __tsan_create_fiber(unsigned flags);
+[[gnu::weak]] void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+[[gnu::weak]] void __tsan_acquire(void* address);
+[[gnu::weak]] void __tsan_release(void* address);
+[[gnu::weak]] void AnnotateIgnoreWritesBegin(const char* file, int line);
+[[gnu::weak]] void AnnotateIgnoreWritesEnd(const char* file, int line);
+[[gnu::weak]] void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
+[[gnu::weak]] void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* size);
+}
+
+namespace emulation {
+namespace {
+
+constexpr size_t kStackBytes = 256 << 10;
+constexpr unsigned kSwitchUnordered = 1;  // of __tsan_switch_to_fiber
+
+void acquire(void* address) {
+  if (__tsan_acquire) __tsan_acquire(address);
+}
+void release(void* address) {
+  if (__tsan_release) __tsan_release(address);
+}
+
+// Memory that is allocated in this scope is new to all threads.
+struct NewMemory {
+  NewMemory() {
+    if (AnnotateIgnoreWritesBegin) AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~NewMemory() {
+    if (AnnotateIgnoreWritesEnd) AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+  }
+};
+
+// Where a stack was left.
+struct Context {
+  void* registers[5];
+  void *tsan = nullptr, *fake_stack = nullptr;
+  const void* bottom = nullptr;
+  size_t size = 0;
+};
+
+enum State { kReady, kWaitsForBlock, kWaitsForLanes, kEnded };
+
+struct Thread {
+  Context context;
+  unsigned index;
+  bool has_begun;
+  State state;
+  Place place;
+  unsigned mask;
+  uint64_t value;
+  std::array<uint64_t, 32> values;
+};
+
+struct Block {
+  dim3 index, grid, size;
+  size_t shared_bytes;
+  const std::function<void()>* kernel;
+  std::vector<std::unique_ptr<Thread>>& threads;
+  std::vector<Thread*> ready;
+  Thread* current = nullptr;
+  unsigned num_at_barrier = 0, num_ended = 0;
+  bool runs_ahead;
+  std::map<const void*, std::unique_ptr<char[]>> shared;
+  std::string error;
+};
+
+std::mt19937 random_bits;
+std::unique_ptr<Block> block;
+Context scheduler;
+std::vector<std::unique_ptr<Thread>> threads[2];
+char begin_of_grid, end_of_grid;
+
+void begin();
+
+// Goes on with another stack, until that comes back.
+[[gnu::noinline]] void switch_stacks(Context& from, Context& to, bool begins, bool comes_back = true) {
+  if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(to.tsan, kSwitchUnordered);
+  if (__sanitizer_start_switch_fiber)
+    __sanitizer_start_switch_fiber(comes_back ? &from.fake_stack : nullptr, to.bottom, to.size);
+  if (__builtin_setjmp(from.registers) == 0) {
+    if (!begins) __builtin_longjmp(to.registers, 1);
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = const_cast<void*>(to.bottom);
+    context.uc_stack.ss_size = to.size;
+    makecontext(&context, begin, 0);
+    setcontext(&context);
+  }
+}
+
+void finish_switch(Context& to, Context& from) {
+  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(to.fake_stack, &from.bottom, &from.size);
+}
+
+void pause() {
+  Thread& thread = *block->current;
+  switch_stacks(thread.context, scheduler, false, thread.state != kEnded);
+  finish_switch(thread.context, scheduler);
+}
+
+void begin() {
+  Thread& thread = *block->current;
+  finish_switch(thread.context, scheduler);
+  acquire(&begin_of_grid);
+  (*block->kernel)();
+  release(&end_of_grid);
+  thread.state = kEnded;
+  ++block->num_ended;
+  pause();
+}
+
+void resume(Thread& thread) {
+  block->current = &thread;
+  switch_stacks(scheduler, thread.context, !std::exchange(thread.has_begun, true));
+  const void* bottom;
+  size_t size;
+  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(scheduler.fake_stack, &bottom, &size);
+  block->current = nullptr;
+}
+
+void make_ready(Thread& thread) {
+  thread.state = kReady;
+  block->ready.push_back(&thread);
+}
+
+std::string describe(Place place) { return std::string(place.file) + ":" + std::to_string(place.line); }
+
+std::string deadlock() {
+  std::map<std::string, int> waiting;
+  for (unsigned i = 0; i < block->size.x; ++i) {
+    const Thread& thread = *block->threads[i];
+    if (thread.state != kEnded)
+      ++waiting[(thread.state == kWaitsForBlock ? "for the block at " : "for lanes at ") + describe(thread.place)];
+  }
+  std::string text = "threads wait for others that do not come: " + std::to_string(block->num_ended) + " have ended";
+  for (const auto& [where, count] : waiting) text += ", " + std::to_string(count) + " wait " + where;
+  return text;
+}
+
+std::unique_ptr<Thread> make_thread() {
+  auto thread = std::make_unique<Thread>();
+  void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (stack == MAP_FAILED) throw std::bad_alloc();
+  thread->context.bottom = stack;
+  thread->context.size = kStackBytes;
+  if (__tsan_create_fiber) thread->context.tsan = __tsan_create_fiber(0);
+  return thread;
+}
+
+void run_block() {
+  const unsigned num_threads = block->size.x;
+  while (block->threads.size() < num_threads) block->threads.push_back(make_thread());
+  for (unsigned i = 0; i < num_threads; ++i) {
+    block->threads[i]->index = i;
+    block->threads[i]->has_begun = false;
+    make_ready(*block->threads[i]);
+  }
+  while (!block->ready.empty() && block->error.empty()) {
+    std::vector<Thread*>& ready = block->ready;
+    if (!block->runs_ahead || random_bits() % 64 == 0) std::swap(ready[random_bits() % ready.size()], ready.back());
+    Thread& thread = *ready.back();
+    ready.pop_back();
+    resume(thread);
+  }
+  if (block->error.empty() && block->num_ended < num_threads) block->error = deadlock();
+}
+
+}  // namespace
+
+dim3 thread_index() { return dim3(block->current->index, 0, 0); }
+dim3 block_index() { return block->index; }
+dim3 block_size() { return block->size; }
+dim3 grid_size() { return block->grid; }
+
+void* static_shared_memory(const void* site, size_t bytes) {
+  const NewMemory scope;
+  std::unique_ptr<char[]>& memory = block->shared[site];
+  if (!memory) {
+    memory.reset(new char[bytes]);
+    std::memset(memory.get(), int(random_bits()), bytes);
+  }
+  return memory.get();
+}
+
+void* dynamic_shared_memory() { return static_shared_memory(nullptr, block->shared_bytes); }
+
+void wait_for_block(Place place) {
+  Thread& thread = *block->current;
+  release(&block->num_at_barrier);
+  thread.state = kWaitsForBlock;
+  thread.place = place;
+  if (++block->num_at_barrier == block->size.x) {
+    block->num_at_barrier = 0;
+    for (unsigned i = 0; i < block->size.x; ++i) {
+      Thread& other = *block->threads[i];
+      if (other.place != place) fail("a barrier, where other threads wait at " + describe(other.place), place);
+      make_ready(other);
+    }
+  }
+  pause();
+  acquire(&block->num_at_barrier);
+}
+
+std::array<uint64_t, 32> wait_for_lanes(unsigned mask, uint64_t value, bool orders_memory, Place place) {
+  Thread& thread = *block->current;
+  const unsigned first = thread.index / 32 * 32, size = std::min(32u, block->size.x - first);
+  if (!(mask >> (thread.index - first) & 1)) fail("a lane outside its own mask", place);
+  if (size < 32 && mask >> size) fail("a mask with lanes beyond the block", place);
+  const auto lanes = block->threads.begin() + first;
+  if (orders_memory) release(&lanes[0]->mask);
+  thread.state = kWaitsForLanes;
+  thread.place = place;
+  thread.mask = mask;
+  thread.value = value;
+  bool complete = true;
+  std::array<uint64_t, 32> values{};
+  for (unsigned i = 0; i < size && complete; ++i) {
+    if (!(mask >> i & 1)) continue;
+    complete = lanes[i]->state == kWaitsForLanes && lanes[i]->place == place && lanes[i]->mask == mask;
+    values[i] = lanes[i]->value;
+  }
+  for (unsigned i = 0; i < size && complete; ++i) {
+    if (!(mask >> i & 1)) continue;
+    lanes[i]->values = values;
+    make_ready(*lanes[i]);
+  }
+  pause();
+  if (orders_memory) acquire(&lanes[0]->mask);
+  return thread.values;
+}
+
+void maybe_pause() {
+  if (random_bits() % 4 != 0) return;
+  make_ready(*block->current);
+  pause();
+}
+
+void fail(const std::string& problem, Place place) {
+  block->error = problem + ", at " + describe(place);
+  for (;;) pause();
+}
+
+void run(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
+  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.z != 1 || size.x == 0 || size.x > 1024 || size.y != 1 ||
+      size.z != 1 || shared_bytes > 48 << 10)
+    throw std::runtime_error("CUDA emulation: no such launch");
+  if (__tsan_get_current_fiber) scheduler.tsan = __tsan_get_current_fiber();
+  std::vector<unsigned> order(size_t(grid.x) * grid.y);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), random_bits);
+  std::string error;
+  release(&begin_of_grid);
+  for (size_t i = 0; i < order.size() && error.empty(); ++i) {
+    const dim3 index(order[i] % grid.x, order[i] / grid.x, 0);
+    block.reset(new Block{.index = index, .grid = grid, .size = size, .shared_bytes = shared_bytes, .kernel = &kernel,
+                          .threads = threads[random_bits() % 2], .runs_ahead = random_bits() % 2 == 0});
+    run_block();
+    error = block->error;
+    const NewMemory scope;
+    block.reset();
+  }
+  acquire(&end_of_grid);
+  if (!error.empty()) throw std::runtime_error("CUDA emulation: " + error);
+}
+
+}  // namespace emulation
+
+extern "C" {
+[[gnu::visibility("hidden")]] int32_t aoti_torch_create_device_guard(int32_t, void**) { return 0; }
+[[gnu::visibility("hidden")]] int32_t aoti_torch_delete_device_guard(void*) { return 0; }
+}
