@@ -44,11 +44,20 @@ def keep_freed_memory() -> None:
 
 def environment(device: str) -> dict[str, Any]:
     """The device, the versions and the commit of a measurement."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device == "cuda" else cpu
-    return {"device": name, "versions": without_files(backend_info()), "commit": commit}
+    return {"device": name, "versions": without_files(backend_info()), "commit": commit()}
+
+
+def commit() -> str:
+    """The commit: that of the clone or, in a copy without git, what BALANCED_LEARNING_COMMIT says it is."""
+    if "BALANCED_LEARNING_COMMIT" in os.environ:
+        return os.environ["BALANCED_LEARNING_COMMIT"]
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def without_files(versions: dict[str, Any]) -> dict[str, Any]:
@@ -104,6 +113,13 @@ def markdown(rows: Sequence[dict[str, str]], words: int = 0) -> str:
 
 
 def write(file: Path, results: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n")
+    save(file, results)
     print(f"wrote {file}")
+
+
+def save(file: Path, results: dict[str, Any]) -> None:
+    """Writes the results so far, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    part.replace(file)

@@ -2,13 +2,15 @@
 
     python benchmarks/kernel_speed.py
 
-Prints times, the time of forward and backward together over that of smooth L1, and the peak memory over that of the
-gradient. Writes kernel_speed_<cpu|cuda>.json, with all times, device, versions and commit, and a figure of that name.
+Prints times, the time of forward and backward together over that of smooth L1, the peak memory over that of the
+gradient, and, on a GPU, the bandwidth as a share of that of copying as many elements. Writes
+kernel_speed_<cpu|cuda>.json, with all times, device, versions and commit, and a figure of that name.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from _common import environment, keep_freed_memory, markdown, measure, parser, peak_memory, write
+from _common import environment, keep_freed_memory, markdown, measure, parser, peak_memory, save, write
 from balanced_learning import balanced_l1_loss, use_kernels
 from tests.reference.mmdet import balanced_l1
 
@@ -36,6 +38,7 @@ FULL = [
     *(Case(MIDDLE, reduction=name) for name in ("none", "mean")),
     *(Case(n) for n in (256, 2_048, 8_192, 65_536, MIDDLE, 4_000_000, 16_000_000, 64_000_000)),
 ]
+LARGE = [Case(n, dtype=name) for name in ("bfloat16", "float16") for n in (16_000_000, 64_000_000)]  # on a GPU
 TOO_SLOW = 0.1  # seconds of a call; such a loss is left out of what is larger
 
 
@@ -69,8 +72,11 @@ def main() -> None:
     torch._functorch.config.donated_buffer = False  # or compiled code could not go backward twice
     seconds = 0.01 if args.quick else 0.1
     names = [name for name in LOSSES if not (args.quick and name == COMPILED)]  # compiling takes longer than all else
+    cases = QUICK if args.quick else FULL + LARGE if args.device == "cuda" else FULL
     rows: list[dict[str, Any]] = []
-    for case in QUICK if args.quick else FULL:
+    results = {**environment(args.device), "rows": rows}
+    file = args.output / f"kernel_speed_{args.device}.json"
+    for case in cases:
         copied = copy_bandwidth(case, args.device, seconds) if args.device == "cuda" else None
         group = costs(names, case, args.device, seconds)
         if copied is not None:
@@ -78,12 +84,12 @@ def main() -> None:
                 row |= shares_of_bandwidth(case, row, copied)
         print(markdown([{"loss": name, **summary(case, row, group[BASELINE])} for name, row in group.items()]))
         rows += [{**case._asdict(), "loss": name, **row} for name, row in group.items()]
+        save(file, results)
         names = [name for name in names if group[name]["both"]["seconds"] < TOO_SLOW]
 
-    stem = f"kernel_speed_{args.device}"
-    results = {**environment(args.device), "rows": rows}
-    write(args.output / f"{stem}.json", results)
-    draw(results, args.output / f"{stem}.png")
+    write(file, results)
+    if find_spec("matplotlib"):
+        draw(results, file.with_suffix(".png"))
 
 
 def costs(names: list[str], case: Case, device: str, seconds: float) -> dict[str, dict[str, Any]]:
@@ -133,7 +139,7 @@ def implementation(name: str) -> AbstractContextManager:
 
 def copy_bandwidth(case: Case, device: str, seconds: float) -> float:
     """Bytes a second, read and written, of copying a tensor."""
-    source = torch.zeros(case.elements, dtype=getattr(torch, case.dtype), device=device)
+    source = torch.randn(case.elements, device=device).to(getattr(torch, case.dtype))  # zeros may be faster
     target = torch.empty_like(source)
     times = measure([("copy", lambda: target.copy_(source), nullcontext)], seconds)["copy"]
     return 2 * source.nbytes / times["seconds"]
@@ -143,10 +149,11 @@ def shares_of_bandwidth(case: Case, row: dict[str, Any], copied: float) -> dict[
     """The bandwidth of what the loss must read and write, as a share of copying."""
     extra = case.reduction == "none"  # the losses, their gradients
     tensors = {"forward": 2 + extra, "backward": 3 + extra}
-    return {
+    shares = {
         f"{part}_bandwidth": count * row["gradient_bytes"] / row[part]["seconds"] / copied
         for part, count in tensors.items()
     }
+    return {"copied_bytes_per_second": copied} | shares
 
 
 def summary(case: Case, row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, str]:

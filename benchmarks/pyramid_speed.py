@@ -1,10 +1,11 @@
 """Cost of the balanced feature pyramid, beside mmdetection's with its explicit attention, and in training.
 
-    python benchmarks/pyramid_speed.py
+    python benchmarks/pyramid_speed.py [--part steps]
 
 Prints the time and the peak memory of forward and backward, of the pyramid alone (P2 to P6 of images of 800 x 1344, 256
-channels) and of whole training steps of detectors, beside the same step of torchvision's plain one. Writes
-pyramid_speed_<cpu|cuda>.json, also with the times of forward alone, with device, versions and commit.
+channels) and of whole training steps of detectors with a ResNet-50, on random images of that size, beside the same step
+of torchvision's plain ones. Writes pyramid_speed_<cpu|cuda>.json, also with the times of forward alone, with device,
+versions and commit. Of one part alone it writes pyramid_speed_<part>_<cpu|cuda>.json.
 
 Freed memory goes back to the system as the C library likes: to get much of it again and again is a part of what a large
 matrix costs.
@@ -14,12 +15,13 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from _common import environment, markdown, measure, parser, peak_memory, write
+from _common import environment, markdown, measure, parser, peak_memory, save, write
 from balanced_learning import BalancedFeaturePyramid
 from balanced_learning.detection import libra_fasterrcnn, libra_retinanet
 from tests.reference.mmdet import explicit_pyramid
@@ -51,38 +53,54 @@ CPU = [
     *(Case("non-local", images) for images in (2, 8)),
     *(Case(step) for step in DETECTORS),
 ]
+# What matters most comes first: time on a GPU may run out.
+BATCHES, TYPES = (2, 8), ("bfloat16", "float32")
 CUDA = [
-    *(
-        Case(refine, images, dtype, channels_last=last)
-        for refine in REFINES
-        for images in (1, 2, 8)
-        for dtype in ("float32", "bfloat16")
-        for last in LAYOUTS
-    ),
-    *(Case(refine, 2, dtype, compiled=True) for refine in REFINES for dtype in ("float32", "bfloat16")),
-    *(Case(step, 2, dtype) for step in DETECTORS for dtype in ("float32", "bfloat16")),
+    Case(refine, images, dtype, channels_last)
+    for refine, images, dtype, channels_last in product(reversed(REFINES), BATCHES, TYPES, LAYOUTS)
 ]
+CUDA += [Case(refine, 2, dtype, compiled=True) for refine, dtype in product(reversed(REFINES), TYPES)]
+CUDA += [Case(step, images, dtype, size=(800, 1333)) for step, images, dtype in product(DETECTORS, BATCHES, TYPES)]
+COMPILED_STEPS = [
+    Case(step, images, dtype, compiled=True, size=(800, 1333))
+    for dtype, images, step in product(TYPES, BATCHES, DETECTORS)
+]
+PARTS = ("pyramids", "steps", "compiled_steps")
+WARM_UPS = 3  # since a compiled step is compiled once more when the number of boxes has changed
 
 
 def main() -> None:
-    args = parser(__doc__).parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--part", choices=PARTS, help="default: pyramids and steps; a compiled step takes minutes")
+    args = arguments.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    cases = QUICK if args.quick else CUDA if args.device == "cuda" else CPU
+    if args.part:
+        cases = [case for case in cases + COMPILED_STEPS * (not args.quick) if part_of(case) == args.part]
     rows: list[dict[str, Any]] = []
-    seconds = 0.01 if args.quick else 0.3 if args.device == "cuda" else 1.0
-    for case in QUICK if args.quick else CUDA if args.device == "cuda" else CPU:
-        calls = training_steps(case, args.device) if case.what in DETECTORS else pyramids(case, args.device)
+    results = {**environment(args.device), "rows": rows}
+    file = args.output / f"pyramid_speed_{args.part + '_' if args.part else ''}{args.device}.json"
+    for case in cases:
+        is_step = case.what in DETECTORS
+        seconds = 0.01 if args.quick else 1.0 if args.device == "cpu" else 3.0 if is_step else 0.3
+        calls = training_steps(case, args.device) if is_step else pyramids(case, args.device)
         rows.append({**case._asdict(), "costs": costs(calls, args.device, seconds)})
         print(table({"rows": rows[-1:]}), flush=True)
-    results = {**environment(args.device), "rows": rows}
-    write(args.output / f"pyramid_speed_{args.device}.json", results)
+        save(file, results)
+    write(file, results)
+
+
+def part_of(case: Case) -> str:
+    return PARTS[0] if case.what not in DETECTORS else PARTS[2] if case.compiled else PARTS[1]
 
 
 def costs(calls: dict[str, Calls], device: str, seconds: float) -> dict[str, dict[str, Any]]:
     """For each name the times of its calls, and the memory that the whole of forward and backward needs."""
     rows: dict[str, dict[str, Any]] = {}
     for name, parts in calls.items():
-        parts["both"]()  # compiles, and gives an optimizer its memory
+        for _ in range(WARM_UPS if device == "cuda" else 1):
+            parts["both"]()  # compiles, and gives an optimizer its memory
         rows[name] = {"peak_bytes": peak_memory(parts["both"], device)}
     for part in calls[OURS]:
         turns = [(name, parts[part], nullcontext) for name, parts in calls.items()]
@@ -131,6 +149,7 @@ def training_steps(case: Case, device: str) -> dict[str, Calls]:
     height, width = case.size
     images = [torch.rand(3, height, width, device=device) for _ in range(case.images)]
     targets = [target(height, width, device) for _ in images]
+    torch.compiler.reset()
 
     def calls_of(**parts: Any) -> Calls:
         build = DETECTORS[case.what]
@@ -138,7 +157,10 @@ def training_steps(case: Case, device: str) -> dict[str, Calls]:
         model = build(**frozen, min_size=height, max_size=width, **parts).to(device)
         for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
             norm.eval().requires_grad_(False)  # as with trained weights
-        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-6, momentum=0.9)
+        if case.compiled:
+            model.compile()
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9)  # every step is of the same weights
 
         def both() -> None:
             with torch.autocast(device, torch.bfloat16, enabled=case.dtype == "bfloat16"):

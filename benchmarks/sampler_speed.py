@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
-from _common import environment, keep_freed_memory, markdown, measure, parser, write
+from _common import environment, keep_freed_memory, markdown, measure, parser, save, write
 from balanced_learning import IoUBalancedSampler, use_kernels
 from balanced_learning.detection import apply_libra
 from tests.reference.mmdet import balanced_samples
@@ -41,14 +41,16 @@ def main() -> None:
         *(("selection, second stage", batch, second_stages) for batch in (() if args.quick else (1, 2, 8))),
         *(("selection, first stage", batch, first_stages) for batch in (() if args.quick else (1, 2))),
     ]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    results = {**environment(args.device), "rows": rows}
+    file = args.output / f"sampler_speed_{args.device}.json"
     for what, batch, calls_of in cases:
         calls = calls_of(batch, args.device)
         turns = [(name, call, partial(implementation, name)) for name, call in calls.items()]
         rows.append({"what": what, "batch": batch, "seconds": measure(turns, seconds)})
-    results = {**environment(args.device), "rows": rows}
+        save(file, results)
     print(table(results))
-    write(args.output / f"sampler_speed_{args.device}.json", results)
+    write(file, results)
 
 
 def table(results: dict[str, Any]) -> str:

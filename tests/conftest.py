@@ -33,7 +33,7 @@ def _seeded():
         yield
 
 
-@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+@pytest.fixture(params=["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available())
 def device(request) -> str:
     return request.param
 

@@ -13,7 +13,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 3e-6, torch.float64: 1e-13}  # 2 units, if half
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def needs_gpu(test: Callable) -> Callable:
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
 
 
 def formula(*args, **kwargs) -> Tensor:
@@ -37,9 +38,14 @@ def assert_agree(tensors: tuple[Tensor, ...], **kwargs) -> None:
     actual = gradients(balanced_l1_loss, tensors, grad, **kwargs)
     expected = gradients(formula, tuple(tensor.double() for tensor in tensors), grad, **kwargs)
     for ours, theirs in zip(actual, expected, strict=True):
-        assert ours.dtype == dtype
-        size = theirs.abs().mean().item() if theirs.numel() else 0.0
-        spacing = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # of the smallest numbers there are
-        torch.testing.assert_close(
-            ours.double(), theirs.to(dtype).double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * size + spacing
-        )
+        assert_close(ours, theirs, dtype)
+
+
+def assert_close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
+    """A result has the type, and is as near to one in float64 as the type allows."""
+    assert ours.dtype == dtype
+    size = theirs.abs().mean().item() if theirs.numel() else 0.0
+    spacing = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # of the smallest numbers there are
+    torch.testing.assert_close(
+        ours.double(), theirs.to(dtype).double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * size + spacing
+    )

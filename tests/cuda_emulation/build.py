@@ -21,7 +21,7 @@ FLAGS = ["-fPIC", "-fvisibility=hidden", "-w", "-ffp-contract=off", "-DTORCH_TAR
 SANITIZERS = {
     "none": ["-O3"],
     "thread": ["-O1", "-g1", "-fsanitize=thread"],
-    "address": ["-O1", "-g1", "-fsanitize=address,alignment", "-fno-sanitize-recover=alignment"],
+    "address": ["-Og", "-g1", "-fsanitize=address,alignment", "-fno-sanitize-recover=alignment"],
 }
 
 # What C++ has no grammar for, launches and variables of a block; and ops of this name, of both kinds for the CPU.

@@ -14,6 +14,7 @@ from balanced_learning.training.model import build_model, prepare
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.run import Run
 from balanced_learning.training.step import Stepper
+from tests.kernels import needs_gpu
 from tests.training.toy import Toy
 
 CPU = torch.device("cpu")
@@ -135,7 +136,7 @@ def test_a_step_waits_for_nothing_that_the_model_does_not_wait_for(values):
     assert step.count - on_host == model.count
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@needs_gpu
 def test_a_step_on_cuda_waits_as_often_as_the_model(recwarn):
     device = torch.device("cuda")
     run = make_run(batch_size=2, ema=0.9, amp="fp16")
