@@ -67,15 +67,19 @@ struct Context {
 
 enum State { kReady, kWaitsForBlock, kWaitsForLanes, kEnded };
 
+// A fiber, which runs a thread of one block after the other.
 struct Thread {
   Context context;
+  bool has_begun = false;
   unsigned index;
-  bool has_begun;
   State state;
   Place place;
   unsigned mask;
   uint64_t value;
   std::array<uint64_t, 32> values;
+
+  Thread();
+  ~Thread() { munmap(const_cast<void*>(context.bottom), kStackBytes); }
 };
 
 struct Block {
@@ -100,10 +104,9 @@ char begin_of_grid, end_of_grid;
 void begin();
 
 // Goes on with another stack, until that comes back.
-[[gnu::noinline]] void switch_stacks(Context& from, Context& to, bool begins, bool comes_back = true) {
+[[gnu::noinline]] void switch_stacks(Context& from, Context& to, bool begins) {
   if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(to.tsan, kSwitchUnordered);
-  if (__sanitizer_start_switch_fiber)
-    __sanitizer_start_switch_fiber(comes_back ? &from.fake_stack : nullptr, to.bottom, to.size);
+  if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(&from.fake_stack, to.bottom, to.size);
   if (__builtin_setjmp(from.registers) == 0) {
     if (!begins) __builtin_longjmp(to.registers, 1);
     ucontext_t context;
@@ -121,19 +124,21 @@ void finish_switch(Context& to, Context& from) {
 
 void pause() {
   Thread& thread = *block->current;
-  switch_stacks(thread.context, scheduler, false, thread.state != kEnded);
+  switch_stacks(thread.context, scheduler, false);
   finish_switch(thread.context, scheduler);
 }
 
 void begin() {
   Thread& thread = *block->current;
   finish_switch(thread.context, scheduler);
-  acquire(&begin_of_grid);
-  (*block->kernel)();
-  release(&end_of_grid);
-  thread.state = kEnded;
-  ++block->num_ended;
-  pause();
+  for (;;) {
+    acquire(&begin_of_grid);
+    (*block->kernel)();
+    release(&end_of_grid);
+    thread.state = kEnded;
+    ++block->num_ended;
+    pause();
+  }
 }
 
 void resume(Thread& thread) {
@@ -164,22 +169,19 @@ std::string deadlock() {
   return text;
 }
 
-std::unique_ptr<Thread> make_thread() {
-  auto thread = std::make_unique<Thread>();
+Thread::Thread() {
   void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (stack == MAP_FAILED) throw std::bad_alloc();
-  thread->context.bottom = stack;
-  thread->context.size = kStackBytes;
-  if (__tsan_create_fiber) thread->context.tsan = __tsan_create_fiber(0);
-  return thread;
+  context.bottom = stack;
+  context.size = kStackBytes;
+  if (__tsan_create_fiber) context.tsan = __tsan_create_fiber(0);
 }
 
 void run_block() {
   const unsigned num_threads = block->size.x;
-  while (block->threads.size() < num_threads) block->threads.push_back(make_thread());
+  while (block->threads.size() < num_threads) block->threads.push_back(std::make_unique<Thread>());
   for (unsigned i = 0; i < num_threads; ++i) {
     block->threads[i]->index = i;
-    block->threads[i]->has_begun = false;
     make_ready(*block->threads[i]);
   }
   while (!block->ready.empty() && block->error.empty()) {
@@ -287,7 +289,9 @@ void run(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>&
     block.reset();
   }
   acquire(&end_of_grid);
-  if (!error.empty()) throw std::runtime_error("CUDA emulation: " + error);
+  if (error.empty()) return;
+  for (auto& set : threads) set.clear();  // some are in the middle of the kernel
+  throw std::runtime_error("CUDA emulation: " + error);
 }
 
 }  // namespace emulation

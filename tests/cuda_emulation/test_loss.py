@@ -18,7 +18,9 @@ from tests.kernels import DTYPES, assert_agree
 
 pytestmark = pytest.mark.usefixtures("ops")
 
-THREADS = int(re.search(r"kThreads = (\d+)", (CSRC / "cuda_packs.cuh").read_text())[1])
+_SOURCE = (CSRC / "cuda_packs.cuh").read_text()
+CONSTANTS = {name: int(value) for name, value in re.findall(r"constexpr \w+ (k\w+) = (\d+);", _SOURCE)}
+THREADS = CONSTANTS["kThreads"]
 FUNCTION = (0.5, 1.5, 0.3)
 NONE = 0
 
@@ -93,10 +95,8 @@ def test_sums_have_the_same_bits_in_any_order_of_threads(dtype):
 
 
 @pytest.mark.many_threads
-def test_more_elements_than_a_grid_takes_at_once():
-    limit = int(re.search(r"kMax\w+ = (\d+)", (CSRC / "cuda_packs.cuh").read_text())[1])
-    input, target = slices(limit * THREADS + 3, torch.float32, 2, 1)
-    expected = torch.ops.host.balanced_l1(input, target, None, *FUNCTION, NONE)
-    assert torch.equal(torch.ops.emulated.balanced_l1(input, target, None, *FUNCTION, NONE), expected)
-    total = torch.ops.emulated.balanced_l1(input, target, None, *FUNCTION, 2)
-    assert total.item() == pytest.approx(expected.double().sum().item(), rel=1e-6)
+def test_a_sum_of_more_than_a_grid_takes_at_once():
+    at_once = THREADS * CONSTANTS["kMaxBlocks"] * CONSTANTS.get("kPacksToSum", 1)
+    tensors = (*slices(at_once + 3, torch.float32, 2, 1), None, *FUNCTION, 2)
+    expected = torch.ops.host.balanced_l1(*tensors).item()
+    assert torch.ops.emulated.balanced_l1(*tensors).item() == pytest.approx(expected, rel=1e-6)

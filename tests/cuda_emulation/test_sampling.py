@@ -64,9 +64,7 @@ def assert_draw_alike(images: list[Image], settings: tuple) -> None:
             assert torch.equal(ours, theirs), f"{settings}, images of {[len(labels) for labels, *_ in images]}"
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind in ("mixed", "far") else pytest.param(kind, marks=pytest.mark.many_threads) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", ["mixed", *(pytest.param(kind, marks=pytest.mark.many_threads) for kind in KINDS[1:])])
 def test_draw_what_the_cpu_draws(kind):
     rng = random.Random(kind)
     for size, dtype in zip(SIZES, itertools.cycle([torch.float32, torch.float64]), strict=False):
