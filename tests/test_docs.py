@@ -24,7 +24,10 @@ def test_code_runs(page):
         exec(compile(block, page.name, "exec"), names)  # noqa: S102
 
 
-@pytest.mark.parametrize("module", ["balanced_learning", "balanced_learning.detection", "balanced_learning.training"])
+MODULES = ["balanced_learning", *(f"balanced_learning.{name}" for name in ("mmdet", "detection", "training"))]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_the_api_page_has_every_public_name(module):
     text = (DOCS / "api.md").read_text()
     section = text.partition(f".. currentmodule:: {module}\n")[2].partition("\n## ")[0]

@@ -82,6 +82,44 @@ def test_mmdetection():
     assert not (negative & (labels != 0)).any()
 
 
+# Of the five files of configs/libra_rcnn and what they take over: mmdetection 3, then what 1 and 2 called otherwise.
+MMDETECTION = """
+_base_ model type data_preprocessor mean std bgr_to_rgb pad_size_divisor backbone depth groups base_width num_stages
+out_indices frozen_stages norm_cfg requires_grad norm_eval style init_cfg checkpoint neck in_channels out_channels
+num_outs start_level add_extra_convs num_levels refine_level refine_type rpn_head feat_channels anchor_generator
+scales ratios strides octave_base_scale scales_per_octave bbox_coder target_means target_stds loss_cls use_sigmoid
+loss_weight loss_bbox alpha gamma beta roi_head bbox_roi_extractor roi_layer output_size sampling_ratio
+featmap_strides bbox_head fc_out_channels roi_feat_size num_classes reg_class_agnostic stacked_convs train_cfg rpn
+assigner pos_iou_thr neg_iou_thr min_pos_iou match_low_quality ignore_iof_thr sampler num pos_fraction neg_pos_ub
+add_gt_as_proposals pos_sampler neg_sampler floor_thr floor_fraction num_bins allowed_border pos_weight debug
+rpn_proposal nms_pre max_per_img nms iou_threshold min_bbox_size rcnn test_cfg score_thr dataset_type data_root
+backend_args file_client_args train_pipeline test_pipeline with_bbox scale keep_ratio prob meta_keys num_max_proposals
+train_dataloader val_dataloader test_dataloader batch_size num_workers persistent_workers drop_last shuffle
+batch_sampler dataset ann_file data_prefix proposal_file filter_cfg filter_empty_gt min_size val_evaluator
+test_evaluator metric format_only max_epochs val_interval val_cfg param_scheduler start_factor by_epoch begin end
+milestones optim_wrapper optimizer lr momentum weight_decay auto_scale_lr enable base_batch_size default_scope
+default_hooks timer logger interval checkpoint sampler_seed visualization env_cfg cudnn_benchmark mp_cfg dist_cfg
+backend vis_backends visualizer log_processor log_level load_from resume tta_model tta_pipeline img img_scales
+mp_start_method name opencv_num_threads pipeline transforms tta_cfg window_size
+pretrained extra_convs_on_inputs anchor_scales anchor_ratios anchor_strides out_size sample_num num_fcs floor
+nms_across_levels nms_post max_num nms_thr iou_thr smoothl1_beta img_norm_cfg to_rgb data imgs_per_gpu samples_per_gpu
+workers_per_gpu train val test img_prefix img_scale size_divisor flip_ratio with_mask with_crowd with_label test_mode
+keys flip evaluation optimizer_config grad_clip max_norm norm_type lr_config policy warmup warmup_iters warmup_ratio
+step checkpoint_config log_config hooks runner total_epochs device_ids dist_params work_dir resume_from workflow
+"""
+
+
+def test_mmdetection_has_every_key_of_its_configurations():
+    spans = re.findall(r"`([^`\n]+)`", (GUIDES / "mmdetection.md").read_text())
+    assert set(MMDETECTION.split()) - set(re.findall(r"\w+", " ".join(spans))) == set()
+
+
+def test_mmdetection_names_flags_that_there_are():
+    named = set(re.findall(r"--[a-z][a-z0-9-]*", (GUIDES / "mmdetection.md").read_text()))
+    known = {flag for action in make_parser()._actions for flag in action.option_strings}
+    assert named - known == set()
+
+
 class StandardROIHeads(nn.Module):
     """The settings and the order of calls that the guide uses of detectron2's class of this name."""
 

@@ -7,11 +7,14 @@ from .builders import (
     libra_retinanet,
     libra_retinanet_resnet50_fpn,
 )
+from .mmdet import from_mmdet, to_mmdet
 
 __all__ = [
     "apply_libra",
+    "from_mmdet",
     "libra_fasterrcnn",
     "libra_fasterrcnn_resnet50_fpn",
     "libra_retinanet",
     "libra_retinanet_resnet50_fpn",
+    "to_mmdet",
 ]

@@ -31,14 +31,16 @@ class FixedStrideAnchorGenerator(AnchorGenerator):
     """Anchors at multiples of the stride of their level, where torchvision divides the padded size by that of the map.
 
     The two differ where a map has a row or column for what is less than a stride: of 800 pixels, those of stride 64
-    have 13, and torchvision places the anchors 800 // 13 = 61 pixels apart. As there, they are centred on the
-    multiples, not between them.
+    have 13, and torchvision places the anchors 800 // 13 = 61 pixels apart. As there, they are centered on the
+    multiples, unless ``centered`` puts them between.
 
     Args:
         sizes (list[tuple[float, ...]]): of each level, the square roots of the areas.
         aspect_ratios (list[tuple[float, ...]]): of each level, height by width.
         strides (list[int]): of each level, in pixels.
         rounded (bool): whether the corners of an anchor around the origin are rounded, as torchvision's.
+        centered (bool): whether anchors are centered in the cells of their stride, corners rounded there, as in
+            mmdetection 1: which counted the last pixel of a box in, so that its corners were others.
 
     Example:
         >>> generator = FixedStrideAnchorGenerator([(8,)], [(2.0,)], [4], rounded=False)
@@ -53,12 +55,18 @@ class FixedStrideAnchorGenerator(AnchorGenerator):
         aspect_ratios: list[tuple[float, ...]],
         strides: list[int],
         rounded: bool = True,
+        centered: bool = False,
     ) -> None:
         super().__init__(sizes, aspect_ratios)
         self.strides = strides
         self.rounded = rounded
-        if not rounded:
+        self.centered = centered
+        if centered or not rounded:
             self.cell_anchors = [_cell(*level) for level in zip(sizes, aspect_ratios, strict=True)]
+        if centered:
+            self.cell_anchors = [
+                (cell + stride / 2).round() for cell, stride in zip(self.cell_anchors, strides, strict=True)
+            ]
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> Anchors:
         """The same tensor for each image.
@@ -80,7 +88,10 @@ class FixedStrideAnchorGenerator(AnchorGenerator):
         return Anchors([anchors] * len(image_list.image_sizes), image_list.image_sizes)
 
     def extra_repr(self) -> str:
-        return f"sizes={self.sizes}, aspect_ratios={self.aspect_ratios}, strides={self.strides}, rounded={self.rounded}"
+        return (
+            f"sizes={self.sizes}, aspect_ratios={self.aspect_ratios}, strides={self.strides}, "
+            f"rounded={self.rounded}, centered={self.centered}"
+        )
 
 
 def _cell(sizes: tuple[float, ...], aspect_ratios: tuple[float, ...]) -> Tensor:

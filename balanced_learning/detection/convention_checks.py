@@ -25,7 +25,7 @@ _OF_RCNN = (
     "rpn_box_loss",
 )
 _CHOICES = {
-    "anchors": ("torchvision", "rounded", "exact"),
+    "anchors": ("torchvision", "rounded", "exact", "centered"),
     "p6_from": ("p5", "c5"),
     "loss_normalizer": ("image", "batch"),
     "init": ("torchvision", "mmdet"),

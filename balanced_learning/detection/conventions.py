@@ -20,7 +20,7 @@ from .retinanet import BatchNormalizedRetinaNetHead, LinearP6P7
 from .rpn import LibraRPN
 
 Detector = TypeVar("Detector", FasterRCNN, RetinaNet)
-AnchorConvention = Literal["torchvision", "rounded", "exact"]
+AnchorConvention = Literal["torchvision", "rounded", "exact", "centered"]
 P6Source = Literal["p5", "c5"]
 LossNormalizer = Literal["image", "batch"]
 Init = Literal["torchvision", "mmdet"]
@@ -49,8 +49,8 @@ def apply_conventions(
         model (FasterRCNN or RetinaNet): a detector of torchvision, balanced or not.
         anchors (str): ``"torchvision"``: as far apart as the padded image divided by the size of the map, corners
             rounded. ``"rounded"``: at multiples of 4, 8, 16, ... pixels from P2 on, or 8, 16, ... from P3 of a
-            RetinaNet. ``"exact"``: there, corners not rounded. With the last two, a RetinaNet's sizes of a third of an
-            octave are no longer cut to whole numbers.
+            RetinaNet. ``"exact"``: there, corners not rounded. ``"centered"``: in the middle between them, corners
+            rounded. With these three, a RetinaNet's sizes of a third of an octave are no longer cut to whole numbers.
         roi_aligned (bool): whether RoIAlign takes pixels for points at their centre.
         roi_sampling_ratio (int): points of a bin of RoIAlign in each direction; 0: as many as it has pixels.
         rpn_allowed_border (int, optional): the RPN is not trained on anchors that reach more than so many pixels beyond
@@ -102,7 +102,9 @@ def _anchor_generator(generator: AnchorGenerator, anchors: str, first_stride: in
         return generator
     sizes = [whole_octaves(level) for level in generator.sizes]
     strides = [first_stride << level for level in range(len(sizes))]
-    return FixedStrideAnchorGenerator(sizes, generator.aspect_ratios, strides, rounded=anchors == "rounded")
+    return FixedStrideAnchorGenerator(
+        sizes, generator.aspect_ratios, strides, rounded=anchors != "exact", centered=anchors == "centered"
+    )
 
 
 def _change_rpn(

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torchvision.models.detection import FasterRCNN
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 
@@ -25,3 +26,18 @@ class AlignedMultiScaleRoIAlign(MultiScaleRoIAlign):
             for level, place, scale in zip(maps, places, self.scales, strict=True)
         ]
         return torch.cat(pooled)[torch.cat(places).argsort()]
+
+
+def settle_strides(model: FasterRCNN) -> None:
+    """Lets the poolers of a detector see their levels, from P2 on, of an image.
+
+    They take the strides of the levels from the first batch they see and keep them, though no checkpoint does; and from
+    small, padded images they take wrong ones.
+    """
+    size = 256
+    for pool in model.roi_heads.children():
+        if isinstance(pool, MultiScaleRoIAlign):
+            with torch.device("cpu"):  # a model may be made without memory
+                sides = {name: size >> level for level, name in enumerate(pool.featmap_names, 2)}
+                maps = {name: torch.zeros(1, 1, side, side) for name, side in sides.items()}
+                pool(maps, [torch.zeros(0, 4)], [(size, size)])

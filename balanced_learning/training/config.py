@@ -171,9 +171,10 @@ class ConventionsConfig:
     )
     anchors: str = setting(
         "torchvision",
-        "rounded: strides of 4, 8, 16, ... whatever the padding; exact: nor are corners rounded",
+        "rounded: strides of 4, 8, 16, ... whatever the padding; exact: nor are corners rounded; centered: rounded, "
+        "and in the middle of their cells",
         binds=MODEL,
-        choices=["torchvision", "rounded", "exact"],
+        choices=["torchvision", "rounded", "exact", "centered"],
     )
     init: str = setting("torchvision", "of FPN and RoI heads", binds=COURSE, choices=["torchvision", "mmdet"])
     detections_per_image: int | None = setting(

@@ -13,6 +13,7 @@ from balanced_learning import BalancedFeaturePyramid, BalancedL1Loss, IoUBalance
 from balanced_learning.detection import apply_libra, libra_fasterrcnn, libra_retinanet
 from balanced_learning.detection.conventions import apply_conventions
 from balanced_learning.detection.normalization import FrozenStatisticsBatchNorm2d
+from balanced_learning.detection.pooling import settle_strides
 from balanced_learning.detection.proposals import first_stage, second_stage
 from balanced_learning.detection.stages import WeightedLoss
 from balanced_learning.training import distributed, randomness
@@ -78,21 +79,9 @@ def build_model(config: Config, num_classes: int) -> FasterRCNN | RetinaNet:
     elif config.model.is_fast_rcnn:
         second_stage(detector)
     detector.transform.__class__ = ResizingFirst
-    if pool := getattr(getattr(detector, "roi_heads", None), "box_roi_pool", None):
-        _settle_strides(pool)
+    if not config.model.is_retinanet and not config.model.is_rpn:
+        settle_strides(detector)
     return detector
-
-
-def _settle_strides(pool: MultiScaleRoIAlign) -> None:
-    """Lets the pooler see its levels, from P2 on, of an image.
-
-    It takes the strides of the levels from the first batch it sees and keeps them, though no checkpoint does; and from
-    small, padded images it takes wrong ones.
-    """
-    size = 256
-    with torch.device("cpu"):  # a model may be made without memory
-        sides = {name: size >> level for level, name in enumerate(pool.featmap_names, 2)}
-        pool({name: torch.zeros(1, 1, side, side) for name, side in sides.items()}, [torch.zeros(0, 4)], [(size, size)])
 
 
 def _build(config: Config, num_classes: int) -> FasterRCNN | RetinaNet:

@@ -20,7 +20,17 @@ _OTHER = "damaged, or another kind of file"
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DataParallel and averages, torch.compile, Lightning
 
 
-def read_tensors(path: Path, source: str, *, hint: str = "") -> Any:
+class LeftOut:
+    """What a file holds beside tensors and plain values, and nothing of it: no code of the file is run."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_tensors(path: Path, source: str, *, hint: str = "", leaves_out: bool = False) -> Any:
     """Reads a file of torch.save or safetensors that holds tensors and plain values. No code of it is run.
 
     The checksums in a file of torch.save, which ``torch.load`` passes over, are verified.
@@ -29,6 +39,7 @@ def read_tensors(path: Path, source: str, *, hint: str = "") -> Any:
         path: the file.
         source: how errors name it.
         hint: what an error adds where no file can be opened.
+        leaves_out: whether other objects in the file become :class:`LeftOut`, where ``torch.load`` can name them.
 
     Raises:
         UserError: if it cannot be read, or holds other things.
@@ -37,13 +48,18 @@ def read_tensors(path: Path, source: str, *, hint: str = "") -> Any:
         if path.suffix == ".safetensors":
             return _read_safetensors(path, source)
         # torchvision's programs save their arguments as a Namespace.
-        allowed = torch.serialization.safe_globals([argparse.Namespace])
-        with open_file(path) as file, allowed, warnings.catch_warnings():
+        allowed: list[Any] = [argparse.Namespace]
+        with open_file(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about forms of its files
             if zipfile.is_zipfile(file):
                 _verify(file)
+                if leaves_out:
+                    file.seek(0)
+                    others = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+                    allowed += [(LeftOut, name) for name in others]
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror or error}){hint}") from None
     except UserError:

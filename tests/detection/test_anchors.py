@@ -26,8 +26,11 @@ def batch(num_levels: int, first_stride: int) -> tuple[ImageList, list[Tensor]]:
     return ImageList(torch.zeros(2, 3, *PADDED), IMAGE_SIZES), [torch.zeros(2, 1, *size) for size in sizes]
 
 
-def explicit_anchors(sizes: list[list[float]], first_stride: int, rounded: bool) -> Tensor:
-    """Centred on multiples of the stride, with torchvision's order: rows, columns, ratios, sizes."""
+def explicit_anchors(sizes: list[list[float]], first_stride: int, anchors: str) -> Tensor:
+    """On multiples of the stride, with torchvision's order: rows, columns, ratios, sizes.
+
+    Centered ones are mmdetection 1's, from first to last pixel, with the last corner behind the last pixel.
+    """
     boxes = []
     for level, of_level in enumerate(sizes):
         stride = first_stride * 2**level
@@ -37,8 +40,13 @@ def explicit_anchors(sizes: list[list[float]], first_stride: int, rounded: bool)
                     for size in of_level:
                         width, height = size / math.sqrt(ratio), size * math.sqrt(ratio)
                         corners = [-width / 2, -height / 2, width / 2, height / 2]
-                        if rounded:
+                        if anchors == "rounded":
                             corners = [round(corner) for corner in corners]
+                        if anchors == "centered":
+                            middle, half = (stride - 1) / 2, [(width - 1) / 2, (height - 1) / 2]
+                            first = [round(middle - side) for side in half]
+                            last = [round(middle + side) for side in half]
+                            corners = [*first, *(corner + 1 for corner in last)]
                         boxes.append([corners[i] + stride * (column, row)[i % 2] for i in range(4)])
     return torch.tensor(boxes, dtype=torch.float32)
 
@@ -47,7 +55,7 @@ def third_octaves(first: float, num_levels: int) -> list[list[float]]:
     return [[first * 2 ** (level + third / 3) for third in range(3)] for level in range(num_levels)]
 
 
-@pytest.mark.parametrize("rounded", [True, False])
+@pytest.mark.parametrize("anchors", ["rounded", "exact", "centered"])
 @pytest.mark.parametrize(
     ("kind", "first_stride", "sizes"),
     [
@@ -57,16 +65,16 @@ def third_octaves(first: float, num_levels: int) -> list[list[float]]:
         ("small_retinanet", 8, third_octaves(16, 4)),
     ],
 )
-def test_anchors_lie_at_multiples_of_the_stride(build, kind, first_stride, sizes, rounded):
+def test_anchors_lie_at_multiples_of_the_stride(build, kind, first_stride, sizes, anchors):
     small = {"small_fasterrcnn": small_fasterrcnn, "small_retinanet": small_retinanet}
     model = small[kind](3) if kind in small else build(kind)
-    apply_conventions(model, anchors="rounded" if rounded else "exact")
+    apply_conventions(model, anchors=anchors)
     generator = model.rpn.anchor_generator if "rcnn" in kind else model.anchor_generator
     images, maps = batch(len(sizes), first_stride)
     found = generator(images, maps)
-    expected = explicit_anchors(sizes, first_stride, rounded)
+    expected = explicit_anchors(sizes, first_stride, anchors)
     for image in found:
-        torch.testing.assert_close(image, expected, rtol=0, atol=0 if rounded else 1e-4)
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-4 if anchors == "exact" else 0)
     assert found.image_sizes == IMAGE_SIZES
     assert generator.num_anchors_per_location() == [3 * len(level) for level in sizes]
 
@@ -114,7 +122,7 @@ GT_BOXES = [
 
 
 @pytest.mark.parametrize("border", [0, 7, 40])
-@pytest.mark.parametrize("anchors", ["torchvision", "rounded", "exact"])
+@pytest.mark.parametrize("anchors", ["torchvision", "rounded", "exact", "centered"])
 @pytest.mark.parametrize("libra", [False, True])
 def test_anchors_beyond_the_border_are_not_trained_on(build, border, anchors, libra):
     """As torchvision's assignment of the others alone."""
