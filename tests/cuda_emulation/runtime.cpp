@@ -1,85 +1,38 @@
 // Runs kernels on the CPU: each thread is a fiber, and blocks run one after the other, in random order.
 //
-// Threads go on in random order, from one point where they wait for others to the next; at times one of them runs ahead
-// as far as it can. Where a GPU would hang or do anything at all, the launch throws.
+// Threads go on in random order, from one point where they wait for others to the next, those of a warp too; in some
+// blocks one runs ahead as far as it can. Where a GPU would hang or do anything at all, the launch throws.
 //
 // This file is compiled without sanitizers, and tells them what it does. The thread sanitizer takes fibers for threads
 // that barriers order. A block runs on one of two sets of fibers, by chance, and nothing orders the sets before the grid
-// ends: so the sanitizer sees races between blocks, too.
-#include <sys/mman.h>
-#include <ucontext.h>
-
-#include <cstdio>
+// ends: so it sees races between blocks, too.
 #include <map>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cuda_runtime.h"
-
-// Null without the sanitizer.
-extern "C" {
-[[gnu::weak]] void* __tsan_get_current_fiber();
-[[gnu::weak]] void* __tsan_create_fiber(unsigned flags);
-[[gnu::weak]] void __tsan_switch_to_fiber(void* fiber, unsigned flags);
-[[gnu::weak]] void __tsan_acquire(void* address);
-[[gnu::weak]] void __tsan_release(void* address);
-[[gnu::weak]] void AnnotateIgnoreWritesBegin(const char* file, int line);
-[[gnu::weak]] void AnnotateIgnoreWritesEnd(const char* file, int line);
-[[gnu::weak]] void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
-[[gnu::weak]] void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* size);
-}
+#include "fiber.h"
 
 namespace emulation {
 namespace {
 
-constexpr size_t kStackBytes = 256 << 10;
-constexpr unsigned kSwitchUnordered = 1;  // of __tsan_switch_to_fiber
-
-void acquire(void* address) {
-  if (__tsan_acquire) __tsan_acquire(address);
-}
-void release(void* address) {
-  if (__tsan_release) __tsan_release(address);
-}
-
-// Memory that is allocated in this scope is new to all threads.
-struct NewMemory {
-  NewMemory() {
-    if (AnnotateIgnoreWritesBegin) AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-  }
-  ~NewMemory() {
-    if (AnnotateIgnoreWritesEnd) AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-  }
-};
-
-// Where a stack was left.
-struct Context {
-  void* registers[5];
-  void *tsan = nullptr, *fake_stack = nullptr;
-  const void* bottom = nullptr;
-  size_t size = 0;
-};
-
 enum State { kReady, kWaitsForBlock, kWaitsForLanes, kEnded };
 
-// A fiber, which runs a thread of one block after the other.
+void run_threads();
+
+// Runs a thread of one block after the other.
 struct Thread {
-  Context context;
-  bool has_begun = false;
+  Fiber fiber{run_threads};
   unsigned index;
   State state;
   Place place;
   unsigned mask;
   uint64_t value;
   std::array<uint64_t, 32> values;
-
-  Thread();
-  ~Thread() { munmap(const_cast<void*>(context.bottom), kStackBytes); }
 };
 
 struct Block {
@@ -97,57 +50,21 @@ struct Block {
 
 std::mt19937 random_bits;
 std::unique_ptr<Block> block;
-Context scheduler;
+Fiber* scheduler;
 std::vector<std::unique_ptr<Thread>> threads[2];
 char begin_of_grid, end_of_grid;
 
-void begin();
+void pause() { block->current->fiber.switch_to(*scheduler); }
 
-// Goes on with another stack, until that comes back.
-[[gnu::noinline]] void switch_stacks(Context& from, Context& to, bool begins) {
-  if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(to.tsan, kSwitchUnordered);
-  if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(&from.fake_stack, to.bottom, to.size);
-  if (__builtin_setjmp(from.registers) == 0) {
-    if (!begins) __builtin_longjmp(to.registers, 1);
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = const_cast<void*>(to.bottom);
-    context.uc_stack.ss_size = to.size;
-    makecontext(&context, begin, 0);
-    setcontext(&context);
-  }
-}
-
-void finish_switch(Context& to, Context& from) {
-  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(to.fake_stack, &from.bottom, &from.size);
-}
-
-void pause() {
-  Thread& thread = *block->current;
-  switch_stacks(thread.context, scheduler, false);
-  finish_switch(thread.context, scheduler);
-}
-
-void begin() {
-  Thread& thread = *block->current;
-  finish_switch(thread.context, scheduler);
+void run_threads() {
   for (;;) {
     acquire(&begin_of_grid);
     (*block->kernel)();
     release(&end_of_grid);
-    thread.state = kEnded;
+    block->current->state = kEnded;
     ++block->num_ended;
     pause();
   }
-}
-
-void resume(Thread& thread) {
-  block->current = &thread;
-  switch_stacks(scheduler, thread.context, !std::exchange(thread.has_begun, true));
-  const void* bottom;
-  size_t size;
-  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(scheduler.fake_stack, &bottom, &size);
-  block->current = nullptr;
 }
 
 void make_ready(Thread& thread) {
@@ -169,14 +86,6 @@ std::string deadlock() {
   return text;
 }
 
-Thread::Thread() {
-  void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (stack == MAP_FAILED) throw std::bad_alloc();
-  context.bottom = stack;
-  context.size = kStackBytes;
-  if (__tsan_create_fiber) context.tsan = __tsan_create_fiber(0);
-}
-
 void run_block() {
   const unsigned num_threads = block->size.x;
   while (block->threads.size() < num_threads) block->threads.push_back(std::make_unique<Thread>());
@@ -187,9 +96,9 @@ void run_block() {
   while (!block->ready.empty() && block->error.empty()) {
     std::vector<Thread*>& ready = block->ready;
     if (!block->runs_ahead || random_bits() % 64 == 0) std::swap(ready[random_bits() % ready.size()], ready.back());
-    Thread& thread = *ready.back();
+    block->current = ready.back();
     ready.pop_back();
-    resume(thread);
+    scheduler->switch_to(block->current->fiber);
   }
   if (block->error.empty() && block->num_ended < num_threads) block->error = deadlock();
 }
@@ -273,7 +182,8 @@ void run(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>&
   if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.z != 1 || size.x == 0 || size.x > 1024 || size.y != 1 ||
       size.z != 1 || shared_bytes > 48 << 10)
     throw std::runtime_error("CUDA emulation: no such launch");
-  if (__tsan_get_current_fiber) scheduler.tsan = __tsan_get_current_fiber();
+  Fiber caller;
+  scheduler = &caller;
   std::vector<unsigned> order(size_t(grid.x) * grid.y);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random_bits);

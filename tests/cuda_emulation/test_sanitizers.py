@@ -29,6 +29,6 @@ def test_kernels(builder, host_library, sanitizer):
     }
     tests = [HERE / "test_loss.py", HERE / "test_sampling.py"]
     tests += {"thread": ["-m", "not many_threads"], "address": ["-k", "not grid"]}[sanitizer]  # which would take long
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *tests]
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert result.returncode == 0, result.stdout
