@@ -16,7 +16,7 @@ def test_kernels(builder, host_library, sanitizer):
     if obstacle := builder.sanitizer_obstacle(*flags):
         pytest.skip(obstacle)
     runtime = f"lib{sanitizer[0]}san.so"
-    path = subprocess.check_output([CXX[0], f"-print-file-name={runtime}"], text=True).strip()
+    path = subprocess.check_output([*CXX, f"-print-file-name={runtime}"], text=True).strip()
     if path == runtime:
         pytest.skip(f"{CXX[0]} has no {runtime} that Python could load")
     library = builder.library(f"emulated_{sanitizer}", "*_cuda.cu", *flags)
