@@ -78,10 +78,8 @@ class BalancedL1Loss(losses.BalancedL1Loss):
         if avg_factor is not None and reduction == "sum":
             raise ValueError(f"avg_factor must be None where reduction is 'sum', got {avg_factor}")
         if avg_factor is not None and reduction == "mean":
-            reduction, divisor = (
-                "sum",
-                avg_factor + _EPS,
-            )  # as in mmdetection, so that no boxes and a factor of 0 give 0
+            reduction = "sum"
+            divisor = avg_factor + _EPS  # as in mmdetection, so that no boxes and a factor of 0 give 0
         settings = {"alpha": self.alpha, "gamma": self.gamma, "beta": self.beta}
         loss = losses.balanced_l1_loss(pred, target, **settings, weight=weight, reduction=reduction)
         return self.loss_weight * loss / divisor

@@ -47,21 +47,28 @@ HOST_DEVICE inline double log1p_remainder(double f) {
   return polynomial(c, f);
 }
 
-// Range reduction of ln(1 + z) for z >= 0: 1 + z = scale (1 + f), with scale a power of 2 and f in [0, 1), and
-// ln(1 + z) = log_scale + f + remainder. For z < 1, scale is 1 and f is exactly z.
-template <class T>
-struct Log1p {
-  T scale, log_scale, f, remainder;
+// ((1 + f) ln(1 + f) - f) / f^2 for f from 0 to 1, interpolated likewise.
+HOST_DEVICE inline float inlier_quotient(float f) {
+  const float c[] = {0.499999973f,  -0.16666314f,   0.0832569729f, -0.0493514533f,
+                     0.0305121591f, -0.0166594443f, 0.006386326f,  -0.00118704723f};
+  return polynomial(c, f);
+}
+HOST_DEVICE inline double inlier_quotient(double f) { return 1 + (1 + f) * log1p_remainder(f); }
 
-  HOST_DEVICE inline explicit Log1p(T z) {
+// 1 + z = scale (1 + f) for z >= 0, with scale a power of 2 and f in [0, 1); excess is scale f. For z < 1, scale is 1 and
+// both are exactly z.
+template <class T>
+struct Octave {
+  T one_plus_z, scale, log_scale, excess, f;
+
+  HOST_DEVICE inline explicit Octave(T z) : one_plus_z(1 + z) {
     using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-    constexpr Bits ulps_per_octave = Bits(1) << (sizeof(T) == 4 ? 23 : 52);
-    const Bits one = bit_cast<Bits>(T(1)), power = bit_cast<Bits>(1 + z) & -ulps_per_octave;
-    const T inverse_scale = bit_cast<T>(2 * one - power);
+    constexpr Bits ulps = Bits(1) << (sizeof(T) == 4 ? 23 : 52);
+    const Bits one = bit_cast<Bits>(T(1)), power = bit_cast<Bits>(one_plus_z) & -ulps;
     scale = bit_cast<T>(power);
-    log_scale = T(power - one) * T(0.69314718055994531 / ulps_per_octave);
-    f = z * inverse_scale + (inverse_scale - 1);
-    remainder = f * f * log1p_remainder(f);
+    log_scale = T(power - one) * T(0.69314718055994531 / ulps);
+    excess = z + (1 - scale);
+    f = excess * bit_cast<T>(2 * one - power);
   }
 };
 
@@ -80,19 +87,18 @@ struct BalancedL1 {
   // (1 + z) ln(1 + z) - z, here in terms that do not cancel where z is small.
   HOST_DEVICE inline T loss(T x) const {
     const T error = std::fabs(x), inlier = clamp_to_beta(error);
-    const Log1p<T> log1p(b_per_beta * inlier);
-    const T rest = log1p.log_scale + log1p.remainder;
-    const T inlier_loss = log1p.scale * (log1p.f * (log1p.f + rest) + rest) + (1 - log1p.scale);
+    const Octave<T> z(b_per_beta * inlier);
+    const T inlier_loss = z.excess * z.f * inlier_quotient(z.f) + (z.one_plus_z * z.log_scale + (1 - z.scale));
     return inlier_scale * inlier_loss + gamma * (error - inlier);
   }
 
   // The derivative of the loss, equation 6: outliers get alpha ln(1 + b), which is gamma.
   HOST_DEVICE inline T derivative(T x) const {
-    const Log1p<T> log1p(b_per_beta * clamp_to_beta(std::fabs(x)));
-    return alpha * std::copysign(log1p.log_scale + log1p.f + log1p.remainder, x);
+    const Octave<T> z(b_per_beta * clamp_to_beta(std::fabs(x)));
+    return alpha * std::copysign(z.log_scale + z.f + z.f * z.f * log1p_remainder(z.f), x);
   }
 
- private:
+ protected:
   HOST_DEVICE inline T clamp_to_beta(T error) const { return error > beta ? beta : error; }  // NaN stays NaN
 };
 

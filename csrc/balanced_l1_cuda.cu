@@ -1,54 +1,73 @@
+#include "balanced_l1_half.h"
 #include "cuda_launch.cuh"
 #include "cuda_packs.cuh"
 
 namespace balanced_learning {
 namespace {
 
-template <class T, int size>
-__global__ void __launch_bounds__(kThreads) loss_kernel(Operands<T> in, BalancedL1<compute_t<T>> function, T* out) {
-  for_each_pack<T, size>(in, [&](int64_t i, const auto& x, const auto& w) {
-    Pack<T, size> losses;
+// Balanced L1 as accurate as T needs it.
+template <class T>
+using Loss = std::conditional_t<sizeof(T) == 2, HalfBalancedL1, BalancedL1<T>>;
+
+template <class T, int size, bool weighted>
+__global__ void __launch_bounds__(kThreads) loss_kernel(Operands<T> in, Loss<T> function, T* out) {
+  for_each_pack<size>(in.numel, [&](int64_t i, auto n) {
+    const Elements<T, n.value, weighted> elements(in, i);
+    Pack<T, n.value> losses;
 #pragma unroll
-    for (int k = 0; k < size; ++k) losses.values[k] = T(w[k] * function.loss(x[k]));
-    losses.store(out, i, in.numel);
+    for (int k = 0; k < n.value; ++k) losses.values[k] = T(elements.w[k] * function.loss(elements.x[k]));
+    losses.store(out + i);
   });
 }
 
-// Sums the losses of each block; total_kernel then sums over the blocks. Without atomics, so that a sum always has the
-// same bits.
-template <class T, int size>
-__global__ void __launch_bounds__(kThreads)
-    sum_kernel(Operands<T> in, BalancedL1<compute_t<T>> function, compute_t<T>* sums) {
+// Sums the losses: a single block into out, several into sums, which total_kernel then sums. Without atomics, so that a
+// sum always has the same bits.
+template <class T, int size, bool weighted>
+__global__ void __launch_bounds__(kThreads) sum_kernel(Operands<T> in, Loss<T> function, compute_t<T>* sums, T* out) {
   compute_t<T> sum = 0;
-  for_each_pack<T, size>(in, [&](int64_t, const auto& x, const auto& w) {
+  for_each_pack<size>(in.numel, [&](int64_t i, auto n) {
+    const Elements<T, n.value, weighted> elements(in, i);
 #pragma unroll
-    for (int k = 0; k < size; ++k) sum += w[k] * function.loss(x[k]);
+    for (int k = 0; k < n.value; ++k) sum += elements.w[k] * function.loss(elements.x[k]);
   });
   sum = block_sum(sum);
-  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+  if (threadIdx.x != 0) return;
+  if (gridDim.x == 1)
+    *out = T(sum);
+  else
+    sums[blockIdx.x] = sum;
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) total_kernel(const compute_t<T>* sums, int count, double divisor, T* out) {
+__global__ void __launch_bounds__(kThreads) total_kernel(const compute_t<T>* sums, int count, T* out) {
   compute_t<T> total = 0;
   for (int i = threadIdx.x; i < count; i += kThreads) total += sums[i];
   total = block_sum(total);
-  if (threadIdx.x == 0) *out = T(compute_t<T>(total / divisor));
+  if (threadIdx.x == 0) *out = T(total);
 }
 
-// grad is one number, to be divided by divisor, or, if divisor is 0, one for each element.
-template <class T, int size>
-__global__ void __launch_bounds__(kThreads)
-    gradient_kernel(Operands<T> in, BalancedL1<compute_t<T>> function, const T* grad, double divisor, T* out) {
+// grad is one number, if the losses were reduced, or one for each element.
+template <class T, int size, bool weighted, bool reduced>
+__global__ void __launch_bounds__(kThreads) gradient_kernel(Operands<T> in, Loss<T> function, const T* grad, T* out) {
   using C = compute_t<T>;
-  const C factor = divisor == 0 ? C(1) : C(C(*grad) / divisor);
-  for_each_pack<T, size>(in, [&](int64_t i, const auto& x, const auto& w) {
-    Pack<T, size> grads = divisor == 0 ? Pack<T, size>::load(grad, i, in.numel) : Pack<T, size>{};
+  if constexpr (reduced) function.alpha *= C(*grad);  // all derivatives have this factor
+  for_each_pack<size>(in.numel, [&](int64_t i, auto n) {
+    const Elements<T, n.value, weighted> elements(in, i);
+    Pack<T, n.value> factors, gradients;
+    if constexpr (!reduced) factors = factors.load(grad + i);
 #pragma unroll
-    for (int k = 0; k < size; ++k)
-      grads.values[k] = T((divisor == 0 ? C(grads.values[k]) : factor) * w[k] * function.derivative(x[k]));
-    grads.store(out, i, in.numel);
+    for (int k = 0; k < n.value; ++k) {
+      const C factor = reduced ? C(1) : factors[k];
+      gradients.values[k] = T(function.derivative(elements.x[k]) * elements.w[k] * factor);
+    }
+    gradients.store(out + i);
   });
+}
+
+// A mean is the sum of losses whose alpha and gamma are divided by their number: no kernel has to divide.
+template <class T>
+Loss<T> divided_loss(double alpha, double gamma, double beta, double divisor) {
+  return Loss<T>(alpha / divisor, gamma / divisor, beta);
 }
 
 Tensor balanced_l1(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, double alpha,
@@ -60,23 +79,26 @@ Tensor balanced_l1(const Tensor& input, const Tensor& target, const std::optiona
     using T = decltype(type);
     using C = compute_t<T>;
     const Operands<T> in = inputs.operands<T>();
-    const BalancedL1<C> function(alpha, gamma, beta);
+    const Loss<T> function = divided_loss<T>(alpha, gamma, beta, divisor(reduction, in.numel));
     T* out = static_cast<T*>(result.mutable_data_ptr());
     if (reduction == kNone) {
-      with_packs<T>(in.numel, {in.input, in.target, in.weight, out}, [&](auto size, int blocks) {
-        loss_kernel<T, size><<<blocks, kThreads, 0, scope.stream>>>(in, function, out);
+      with_packs(in, {out}, [&](auto size, auto weighted, int64_t per_block) {
+        if (const int blocks = blocks_for(in.numel, per_block))
+          loss_kernel<T, size, weighted><<<blocks, kThreads, 0, scope.stream>>>(in, function, out);
       });
     } else {
-      const ScalarType sum_type = std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
-      const Tensor sums = torch::stable::new_empty(input, {kMaxBlocks}, sum_type);
-      C* partial = static_cast<C*>(sums.mutable_data_ptr());
-      int count = 0;
-      with_packs<T>(in.numel, {in.input, in.target, in.weight}, [&](auto size, int blocks) {
-        sum_kernel<T, size><<<blocks, kThreads, 0, scope.stream>>>(in, function, partial);
-        count = blocks;
+      with_packs(in, {}, [&](auto size, auto weighted, int64_t per_block) {
+        const int blocks = blocks_to_sum(in.numel, per_block);
+        if (blocks == 1) {
+          sum_kernel<T, size, weighted><<<1, kThreads, 0, scope.stream>>>(in, function, nullptr, out);
+        } else {
+          const ScalarType type_of_sums = std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
+          const Tensor memory = torch::stable::new_empty(input, {blocks}, type_of_sums);
+          C* sums = static_cast<C*>(memory.mutable_data_ptr());
+          sum_kernel<T, size, weighted><<<blocks, kThreads, 0, scope.stream>>>(in, function, sums, out);
+          total_kernel<T><<<1, kThreads, 0, scope.stream>>>(sums, blocks, out);
+        }
       });
-      total_kernel<T><<<1, kThreads, 0, scope.stream>>>(partial, count, divisor(reduction, in.numel), out);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
   });
   return result;
@@ -92,14 +114,19 @@ Tensor balanced_l1_backward(const Tensor& grad, const Tensor& input, const Tenso
   dispatch(input, [&](auto type) {
     using T = decltype(type);
     const Operands<T> in = inputs.operands<T>();
-    const BalancedL1<compute_t<T>> function(alpha, gamma, beta);
+    const Loss<T> function = divided_loss<T>(alpha, gamma, beta, divisor(reduction, in.numel));
     const T* grads = static_cast<const T*>(contiguous_grad.const_data_ptr());
-    const double scale = reduction == kNone ? 0 : divisor(reduction, in.numel);
     T* out = static_cast<T*>(result.mutable_data_ptr());
-    const void* aligned_grads = reduction == kNone ? grads : nullptr;
-    with_packs<T>(in.numel, {in.input, in.target, in.weight, aligned_grads, out}, [&](auto size, int blocks) {
-      gradient_kernel<T, size><<<blocks, kThreads, 0, scope.stream>>>(in, function, grads, scale, out);
-    });
+    const auto launch = [&](auto reduced) {
+      with_packs(in, {reduced ? nullptr : grads, out}, [&](auto size, auto weighted, int64_t per_block) {
+        if (const int blocks = blocks_for(in.numel, per_block))
+          gradient_kernel<T, size, weighted, reduced><<<blocks, kThreads, 0, scope.stream>>>(in, function, grads, out);
+      });
+    };
+    if (reduction == kNone)
+      launch(std::false_type());
+    else
+      launch(std::true_type());
   });
   return result;
 }
