@@ -81,3 +81,10 @@ def test_more_images_than_a_launch_takes(instance_balanced):
 def test_large_image():
     image = make_image(40_000, "mixed", torch.float32, ground_truths=90)
     assert_draw_alike([image], (64, 16, True, 3, 0.5, 0.0, 0.0, None))
+
+
+@pytest.mark.parametrize("instance_balanced", [False, True])
+def test_most_boxes_of_an_image(instance_balanced):
+    """Most threads propose a box that others propose, too."""
+    image = make_image(130, "mixed", torch.float32)
+    assert_draw_alike([image], (100, 30, instance_balanced, 3, 0.5, 0.1, 0.3, None))
