@@ -56,6 +56,12 @@ __global__ void no_warp_barrier(int* out) {
   atomicAdd(out, values[threadIdx.x ^ 1]);
 }
 
+__global__ void no_atomic_in_block(int* out) {
+  __syncthreads();
+  if (threadIdx.x / 2 == blockIdx.x) ++*out;
+  __syncthreads();
+}
+
 __global__ void no_atomic(int* out) {
   __syncthreads();
   if (threadIdx.x == blockIdx.x) ++*out;
@@ -114,6 +120,7 @@ int main(int, char** arguments) {
       {"no_barrier", no_barrier},
       {"no_warp_barrier", no_warp_barrier},
       {"no_atomic", no_atomic},
+      {"no_atomic_in_block", no_atomic_in_block},
       {"beyond_memory", beyond_memory},
       {"beyond_shared_memory", beyond_shared_memory},
       {"beyond_dynamic_memory", beyond_dynamic_memory},

@@ -33,6 +33,8 @@ struct Thread {
   unsigned mask;
   uint64_t value;
   std::array<uint64_t, 32> values;
+  unsigned num_meetings = 0;  // of which this was the first lane
+  char meeting[2];
 };
 
 struct Block {
@@ -42,7 +44,8 @@ struct Block {
   std::vector<std::unique_ptr<Thread>>& threads;
   std::vector<Thread*> ready;
   Thread* current = nullptr;
-  unsigned num_at_barrier = 0, num_ended = 0;
+  unsigned num_at_barrier = 0, num_barriers = 0, num_ended = 0;
+  char barrier[2];  // of which each is one, so that a thread does not acquire what another releases at the next
   bool runs_ahead;
   std::map<const void*, std::unique_ptr<char[]>> shared;
   std::string error;
@@ -124,11 +127,13 @@ void* dynamic_shared_memory() { return static_shared_memory(nullptr, block->shar
 
 void wait_for_block(Place place) {
   Thread& thread = *block->current;
-  release(&block->num_at_barrier);
+  char* const barrier = &block->barrier[block->num_barriers % 2];
+  release(barrier);
   thread.state = kWaitsForBlock;
   thread.place = place;
   if (++block->num_at_barrier == block->size.x) {
     block->num_at_barrier = 0;
+    ++block->num_barriers;
     for (unsigned i = 0; i < block->size.x; ++i) {
       Thread& other = *block->threads[i];
       if (other.place != place) fail("a barrier, where other threads wait at " + describe(other.place), place);
@@ -136,7 +141,7 @@ void wait_for_block(Place place) {
     }
   }
   pause();
-  acquire(&block->num_at_barrier);
+  acquire(barrier);
 }
 
 std::array<uint64_t, 32> wait_for_lanes(unsigned mask, uint64_t value, bool orders_memory, Place place) {
@@ -145,7 +150,9 @@ std::array<uint64_t, 32> wait_for_lanes(unsigned mask, uint64_t value, bool orde
   if (!(mask >> (thread.index - first) & 1)) fail("a lane outside its own mask", place);
   if (size < 32 && mask >> size) fail("a mask with lanes beyond the block", place);
   const auto lanes = block->threads.begin() + first;
-  if (orders_memory) release(&lanes[0]->mask);
+  Thread& first_lane = *lanes[__builtin_ctz(mask)];
+  char* const meeting = &first_lane.meeting[first_lane.num_meetings % 2];
+  if (orders_memory) release(meeting);
   thread.state = kWaitsForLanes;
   thread.place = place;
   thread.mask = mask;
@@ -162,8 +169,9 @@ std::array<uint64_t, 32> wait_for_lanes(unsigned mask, uint64_t value, bool orde
     lanes[i]->values = values;
     make_ready(*lanes[i]);
   }
+  if (complete) ++first_lane.num_meetings;
   pause();
-  if (orders_memory) acquire(&lanes[0]->mask);
+  if (orders_memory) acquire(meeting);
   return thread.values;
 }
 

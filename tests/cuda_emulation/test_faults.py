@@ -19,7 +19,13 @@ FAULTS = {
         "outside_its_mask": r"a lane outside its own mask, at faults.cu:\d+",
         "from_outside_the_mask": r"a shuffle from a lane outside the mask, at faults.cu:\d+",
     },
-    "thread": {"faultless": NOTHING, "no_barrier": RACE, "no_warp_barrier": RACE, "no_atomic": RACE},
+    "thread": {
+        "faultless": NOTHING,
+        "no_barrier": RACE,
+        "no_warp_barrier": RACE,
+        "no_atomic": RACE,
+        "no_atomic_in_block": RACE,
+    },
     "address": {
         "faultless": NOTHING,
         "beyond_memory": OVERFLOW,
