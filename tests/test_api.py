@@ -28,10 +28,12 @@ def test_public_names_of_detection() -> None:
 
     assert detection.__all__ == [
         "apply_libra",
+        "from_mmdet",
         "libra_fasterrcnn",
         "libra_fasterrcnn_resnet50_fpn",
         "libra_retinanet",
         "libra_retinanet_resnet50_fpn",
+        "to_mmdet",
     ]
     _assert_documented(detection)
 
