@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 SYMBOL = "_ZN4name12_GLOBAL__N__1a_2_x_cu_0607d5ff10sum_kernelIN3c104HalfELi8ELb1EEEvNS_8OperandsIT_EE"
@@ -68,7 +69,7 @@ def test_names(machine_code: ModuleType) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.skipif(NVCC is None or not torch.backends.cuda.is_built(), reason="needs nvcc and a torch with CUDA")
 def test_half_types_take_30_instructions_at_most(tmp_path: Path) -> None:
     program = [sys.executable, ROOT / "benchmarks/kernel_instructions.py", "--output", tmp_path]
     subprocess.run(program, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
