@@ -71,17 +71,6 @@ def settings(layout: Layout) -> dict[str, Any]:
         "refine": layout.refine or "non_local",
         "beta": layout.beta,
         "norm": "frozen_statistics",
-        "anchors": layout.anchors,
     }
-    if layout.is_retinanet:
-        return values | {
-            "p6_from": layout.p6_from,
-            "p7_relu": False,
-            "loss_normalizer": "batch",
-            "detections_per_image": 100,
-        }
-    if is_libra:
-        values["rpn_max_negatives_per_positive"] = 5.0
-    if not layout.counts_last_pixel:
-        values |= {"roi_aligned": True, "roi_sampling_ratio": 0, "rpn_beta": 0.0}
-    return values
+    own = {"detections_per_image": 100} if layout.is_retinanet else {"rpn_beta": layout.rpn_beta}
+    return values | layout.conventions | own

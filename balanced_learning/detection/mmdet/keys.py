@@ -57,13 +57,16 @@ def current_name(key: str) -> str:
 
 def to_torchvision(is_retinanet: bool) -> Callable[[str], str | None]:
     """A function from mmdetection's name of a weight to torchvision's; it gives ``None`` for what it does not know."""
-    return _renaming(_RETINANET_NAMES if is_retinanet else [*_NAMES, *_TWO_STAGE_NAMES])
+    return _renaming(_names(is_retinanet))
 
 
 def to_mmdetection(is_retinanet: bool) -> Callable[[str], str | None]:
     """The function back."""
-    names = _RETINANET_NAMES if is_retinanet else [*_NAMES, *_TWO_STAGE_NAMES]
-    return _renaming((new, old) for old, new in names)
+    return _renaming((new, old) for old, new in _names(is_retinanet))
+
+
+def _names(is_retinanet: bool) -> list[tuple[str, str]]:
+    return _RETINANET_NAMES if is_retinanet else [*_NAMES, *_TWO_STAGE_NAMES]
 
 
 def _renaming(names: Iterable[tuple[str, str]]) -> Callable[[str], str | None]:

@@ -136,7 +136,10 @@ class Layout:
         if not self.is_retinanet:
             parts["sampler"] = is_libra
         apply_libra(model, **parts)
-        apply_conventions(model, **self._conventions())
+        conventions = self.conventions
+        if not self.is_retinanet and self.rpn_beta == 0:
+            conventions["rpn_box_loss"] = nn.L1Loss(reduction="sum")
+        apply_conventions(model, **conventions)
         model.transform.__class__ = LastPixelTransform if self.counts_last_pixel else RoundingTransform
         if not self.is_retinanet:
             settle_strides(model)
@@ -154,17 +157,20 @@ class Layout:
         return 0.11 if self.is_retinanet else 1.0
 
     @property
-    def anchors(self) -> str:
-        return "centered" if self.counts_last_pixel else "exact"
+    def rpn_beta(self) -> float:
+        """The same of the RPN: smooth L1, or L1."""
+        return 1 / 9 if self.counts_last_pixel else 0.0
 
-    def _conventions(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"anchors": self.anchors}
+    @property
+    def conventions(self) -> dict[str, Any]:
+        """Arguments of :func:`apply_conventions`, all but the RPN's loss: settings of the program, too."""
+        options: dict[str, Any] = {"anchors": "centered" if self.counts_last_pixel else "exact"}
         if self.is_retinanet:
             return options | {"p6_from": self.p6_from, "p7_relu": False, "loss_normalizer": "batch"}
         if self.refine is not None:
             options["rpn_max_negatives_per_positive"] = 5
         if not self.counts_last_pixel:
-            options |= {"roi_aligned": True, "roi_sampling_ratio": 0, "rpn_box_loss": nn.L1Loss(reduction="sum")}
+            options |= {"roi_aligned": True, "roi_sampling_ratio": 0}
         return options
 
 
