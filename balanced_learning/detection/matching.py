@@ -15,21 +15,32 @@ class Matches(list[Tensor]):
     """The labels of a batch of boxes, as torchvision's samplers take them, and what each box was matched to.
 
     A list with one tensor [M] an image: -1 ignored, 0 background, > 0 the label of the ground truth. Each attribute is
-    such a list, too.
+    a list with one tensor an image, too.
 
     Attributes:
         ious (list[Tensor[M]]): the best IoU with any ground truth; 0 in an image that has none.
         matched_idxs (list[Tensor[M]]): int64, index of the ground truth; 0 where there is none.
-        matched_boxes (list[Tensor[M, 4]]): the ground truth of that index; 0 in an image that has none.
+        gt_boxes (list[Tensor[G, 4]]): all ground truths of the image.
     """
 
     def __init__(
-        self, labels: list[Tensor], ious: list[Tensor], matched_idxs: list[Tensor], matched_boxes: list[Tensor]
+        self, labels: list[Tensor], ious: list[Tensor], matched_idxs: list[Tensor], gt_boxes: list[Tensor]
     ) -> None:
         super().__init__(labels)
         self.ious = ious
         self.matched_idxs = matched_idxs
-        self.matched_boxes = matched_boxes
+        self.gt_boxes = gt_boxes
+
+    @property
+    def matched_boxes(self) -> list[Tensor]:
+        """The ground truth [M, 4] of each box; 0 in an image that has none."""
+        return boxes_of(self.matched_idxs, self.gt_boxes)
+
+
+def boxes_of(matched_idxs: list[Tensor], gt_boxes: list[Tensor]) -> list[Tensor]:
+    """The ground truths [M, 4] with the indices [M], an image each; 0 in an image that has none."""
+    images = zip(matched_idxs, gt_boxes, strict=False)
+    return [of.index_select(0, idxs) if len(of) else of.new_zeros(len(idxs), 4) for idxs, of in images]
 
 
 # The IoUs that are held at a time, unless those of one image are more.
@@ -47,8 +58,8 @@ def match(
 ) -> Matches:
     """Matches the boxes of a batch as torchvision does image by image, and keeps their IoU.
 
-    With torchvision's own similarity and matcher, images are matched together as far as memory allows, without waiting
-    for the device.
+    With torchvision's own similarity and matcher and boxes in float32 or float64, images are matched together as far as
+    memory allows, without waiting for the device.
 
     Args:
         similarity (callable): maps boxes [G, 4] and [M, 4] to what the matcher decides on, [G, M]; usually
@@ -63,16 +74,18 @@ def match(
         Matches: a label [M] for each box of each image, with the IoU, the index and the ground truth it belongs to.
     """
     is_stock = type(matcher) is Matcher and similarity is box_iou
-    if is_stock and _is_complete(boxes, gt_boxes, gt_labels):
+    if is_stock and _is_complete(boxes, gt_boxes, gt_labels) and _is_precise(boxes, gt_boxes):
         step = max(1, _MAX_IOUS // max(1, max(map(len, boxes)) * max(map(len, gt_boxes))))
         parts = [
             _match_together(matcher, boxes[i : i + step], gt_boxes[i : i + step], gt_labels[i : i + step])
             for i in range(0, len(boxes), step)
         ]
-        return Matches(*(list(chain(*column)) for column in zip(*parts, strict=True)))
+        labels, ious, matched_idxs = (list(chain(*column)) for column in zip(*parts, strict=True))
+        return Matches(labels, ious, matched_idxs, gt_boxes)
     images = zip(boxes, gt_boxes, gt_labels, strict=False)  # torchvision, too, stops at the shortest
     rows = [_match_image(similarity, matcher, *image) for image in images]
-    return Matches(*map(list, zip(*rows, strict=True))) if rows else Matches([], [], [], [])
+    labels, ious, matched_idxs = map(list, zip(*rows, strict=True)) if rows else ([], [], [])
+    return Matches(labels, ious, matched_idxs, gt_boxes)
 
 
 def _is_complete(boxes: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]) -> bool:
@@ -84,22 +97,26 @@ def _is_complete(boxes: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Te
     )
 
 
+def _is_precise(boxes: list[Tensor], gt_boxes: list[Tensor]) -> bool:
+    """Whether all types hold the area of a box; torchvision computes the IoUs of others in a wider one."""
+    return all(image.dtype in (torch.float32, torch.float64) for image in chain(boxes, gt_boxes))
+
+
 def _match_image(
     similarity: Callable[[Tensor, Tensor], Tensor],
     matcher: Callable[[Tensor], Tensor],
     boxes: Tensor,
     gt_boxes: Tensor,
     gt_labels: Tensor,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     if gt_boxes.numel() == 0:
         ious = boxes.new_zeros(len(boxes))
-        return ious.to(gt_labels.dtype), ious, ious.long(), torch.zeros_like(boxes)
+        return ious.to(gt_labels.dtype), ious, ious.long()
     matched_idxs = matcher(similarity(gt_boxes, boxes))
     labels = gt_labels[matched_idxs.clamp(min=0)]
     labels = labels.masked_fill(matched_idxs == Matcher.BELOW_LOW_THRESHOLD, 0)
     labels = labels.masked_fill(matched_idxs == Matcher.BETWEEN_THRESHOLDS, -1)
-    matched_idxs = matched_idxs.clamp(min=0)
-    return labels, box_iou(gt_boxes, boxes).amax(dim=0), matched_idxs, gt_boxes[matched_idxs]
+    return labels, box_iou(gt_boxes, boxes).amax(dim=0), matched_idxs.clamp(min=0)
 
 
 def _match_together(
@@ -109,7 +126,7 @@ def _match_together(
     if padded_gt_labels.shape[1] == 0:
         padded_gt_boxes = F.pad(padded_gt_boxes, (0, 0, 0, 1))
         padded_gt_labels = F.pad(padded_gt_labels, (0, 1), value=_PADDING)
-    quality = box_iou(padded_gt_boxes, _pad(boxes))  # [B, G, M]
+    quality = _box_iou(padded_gt_boxes, _pad(boxes))  # [B, G, M]
     is_padded = min(map(len, gt_boxes)) < quality.shape[1]
     if is_padded:
         is_padding = (padded_gt_labels == _PADDING)[..., None]
@@ -121,12 +138,24 @@ def _match_together(
         if is_padded:
             best.masked_fill_(is_padding, 2)
         matched |= (quality == best).any(dim=1)
-    unmatched = (ious < matcher.low_threshold).long() - 1  # 0 background, -1 ignored
+    unmatched = torch.where(ious < matcher.low_threshold, 0, -1)  # background, ignored
     labels = torch.where(matched, padded_gt_labels.gather(1, matched_idxs), unmatched)
-    matched_idxs = matched_idxs * matched
-    image = torch.arange(len(boxes), device=ious.device)[:, None]
-    padded = (labels, ious, matched_idxs, padded_gt_boxes[image, matched_idxs])
+    padded = (labels, ious, matched_idxs * matched)
     return tuple([row[: len(own)] for row, own in zip(column, boxes, strict=True)] for column in padded)
+
+
+def _box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """What :func:`torchvision.ops.box_iou` computes of [B, N, 4] and [B, M, 4], to the last bit.
+
+    Sooner and in less memory, as its operations run along M and not along pairs of coordinates.
+    """
+    left1, top1, right1, bottom1 = boxes1[..., None].unbind(dim=2)  # [B, N, 1]
+    left2, top2, right2, bottom2 = boxes2.mT.contiguous()[:, None].unbind(dim=2)  # [B, 1, M]
+    width = torch.minimum(right1, right2).sub_(torch.maximum(left1, left2)).clamp_(min=0)
+    height = torch.minimum(bottom1, bottom2).sub_(torch.maximum(top1, top2)).clamp_(min=0)
+    intersection = width.mul_(height)
+    areas = (right1 - left1) * (bottom1 - top1) + (right2 - left2) * (bottom2 - top2)
+    return intersection.div_(areas.sub_(intersection))
 
 
 def _pad(images: list[Tensor], value: int = 0) -> Tensor:

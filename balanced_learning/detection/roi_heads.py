@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss, maskrcnn_loss
 from torchvision.ops import box_iou
 
-from .matching import Matches, match
+from .matching import Matches, boxes_of, match
 from .stages import BalancedStage, summed_loss
 
 Targets = list[dict[str, Tensor]]
@@ -78,10 +78,11 @@ class LibraRoIHeads(BalancedStage, RoIHeads):
         sampled = torch.where(torch.cat(positives) | torch.cat(negatives))[0]
         ends = torch.tensor([len(image) for image in proposals], device="cpu").cumsum(dim=0)
         splits = torch.searchsorted(sampled.cpu(), ends)[:-1]
-        proposals, labels, matched_idxs, matched_boxes = (
-            list(torch.cat(column)[sampled].tensor_split(splits))
-            for column in (proposals, matches, matches.matched_idxs, matches.matched_boxes)
+        proposals, labels, matched_idxs = (
+            list(torch.cat(column).index_select(0, sampled).tensor_split(splits))
+            for column in (proposals, matches, matches.matched_idxs)
         )
+        matched_boxes = boxes_of(matched_idxs, matches.gt_boxes)
         return proposals, matched_idxs, labels, self.box_coder.encode(matched_boxes, proposals)
 
     @torch.jit.unused

@@ -49,8 +49,11 @@ class LibraRPN(BalancedStage, RegionProposalNetwork):
         specks = [torch.cat([center, center + 2**-8], dim=1) for center in centers]
         candidates = [torch.cat(pair) for pair in zip(inside, specks, strict=True)]
         found = match(self.box_similarity, self.proposal_matcher, candidates, gt_boxes, is_object)
-        columns = (found, found.ious, found.matched_idxs, found.matched_boxes)
-        matches = Matches(*([of[: len(image)] for of, image in zip(c, anchors, strict=True)] for c in columns))
+        labels, ious, matched_idxs = (
+            [of[: len(image)] for of, image in zip(column, anchors, strict=True)]
+            for column in (found, found.ious, found.matched_idxs)
+        )
+        matches = Matches(labels, ious, matched_idxs, gt_boxes)
         for i, far in enumerate(beyond):
             matches[i] = matches[i].masked_fill(far, -1)
         return matches

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -182,15 +183,45 @@ def test_images_are_matched_alike_alone_and_together(at_a_time, monkeypatch):
 def test_iou_is_computed_once_in_each_stage(build, targets, train_step, monkeypatch):
     model = apply_libra(build("fasterrcnn"), rpn=True)
     calls = []
-    original = torchvision.ops.boxes._box_inter_union  # box_iou calls it, under whatever name box_iou was imported
 
-    def counted(*args, **kwargs):
-        calls.append(args)
-        return original(*args, **kwargs)
+    def counting(function):
+        def counted(*args, **kwargs):
+            calls.append(args)
+            return function(*args, **kwargs)
 
-    monkeypatch.setattr(torchvision.ops.boxes, "_box_inter_union", counted)
+        return counted
+
+    monkeypatch.setattr(matching, "_box_iou", counting(matching._box_iou))
+    # box_iou calls it, under whatever name box_iou was imported
+    monkeypatch.setattr(torchvision.ops.boxes, "_box_inter_union", counting(torchvision.ops.boxes._box_inter_union))
     train_step(model, targets)
     assert len(calls) == 2  # for all images together, which are small
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float64,) * 2, (torch.float32, torch.float64)])
+def test_ious_are_torchvisions_to_the_last_bit(dtypes):
+    """Also of boxes that are empty, inside out, huge, equal, infinite or NaN."""
+    odd = [[3, 3, 3, 9], [9, 9, 2, 2], [-1e30, -1e30, 1e30, 1e30], [1, 2, math.inf, 4], [0, math.nan, 5, 5]]
+    boxes = [torch.cat([random_boxes(60), torch.tensor(odd)]).to(dtype) for dtype in dtypes]
+    boxes[1][0] = boxes[0][0]
+    pairs = [(gt[None, :n], of[None]) for gt, of in itertools.permutations(boxes) for n in (0, 1, 65)]
+    pairs.append((torch.stack([boxes[0], boxes[0].flip(0)]), torch.stack([boxes[1].flip(0), boxes[1]])))
+    for pair in pairs:
+        expected = torchvision.ops.box_iou(*pair)
+        torch.testing.assert_close(matching._box_iou(*pair), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_boxes_of_low_precision_are_matched_as_torchvision_does(dtype):
+    """Their areas would overflow or be rounded."""
+    boxes, gt_boxes = [random_boxes(300).to(dtype) * 10 for _ in range(2)], [random_boxes(4).to(dtype) * 10] * 2
+    boxes = [torch.cat([image, of]) for image, of in zip(boxes, gt_boxes, strict=True)]
+    labels = [torch.arange(1, 5)] * 2
+    found = match(torchvision.ops.box_iou, roi_heads().proposal_matcher, boxes, gt_boxes, labels)
+    expected_idxs, expected_labels = roi_heads(RoIHeads).assign_targets_to_proposals(boxes, gt_boxes, labels)
+    assert all(map(torch.equal, found, expected_labels))
+    assert all(map(torch.equal, found.matched_idxs, expected_idxs))
+    assert all((image > 0).sum() >= 4 for image in found)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
