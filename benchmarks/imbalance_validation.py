@@ -5,9 +5,9 @@
 
 Takes output folders of `examples/reproduce.py --table study`, as benchmarks/study.py does. Calls
 examples/imbalance_report.py on the checkpoint of each plain detector whose run is finished, with either beta, and puts
-beside what it predicts of a part by how much that part raised AP with the same seed. Writes
-benchmarks/results/imbalance_validation.json after every report; what is in there is not measured again, but its gains
-are those of the folders. From that file come the tables in docs/study.md.
+beside what it predicts of a part by how much that part raised AP with the same seed, in these folders or in
+benchmarks/results/study.json. Writes benchmarks/results/imbalance_validation.json after every report; what is in there
+is not measured again. From that file come the tables in docs/study.md.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from balanced_learning.training.imbalance.advice import approach, likeness, unev
 from balanced_learning.training.settings import positive
 from examples import imbalance_report
 from imbalance_page import measured
-from study import ROOT, as_json, fill, gather, read_results
+from study import FILE as STUDY
+from study import ROOT, as_json, fill, gather, joined, read_results
 
 FILE = "imbalance_validation.json"
 
@@ -44,9 +45,10 @@ def update(folders: list[Path], batches: int, file: Path, page: Path) -> None:
     """Measures what is not measured yet, and writes the file and the page."""
     results: Validation = read_results(file)
     for folder in folders:
-        situation, name = gather(folder), folder.resolve().name
+        here, name = gather(folder), folder.resolve().name
+        situation = joined(read_results(file.with_name(STUDY)).get(name), here)
         of_name = results.setdefault(name, {})
-        done = {row: situation["rows"].get(row, {}).get("seeds", {}) for row in BASELINES}
+        done = {row: here["rows"].get(row, {}).get("seeds", {}) for row in BASELINES}
         left = [(row, seed) for row in done for seed in done[row] if seed not in of_name.get(row, {})]
         for number, (row, seed) in enumerate(left, 1):
             print(f"{name}: report {number} of {len(left)}, {row} with seed {seed}", flush=True)

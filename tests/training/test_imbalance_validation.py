@@ -172,6 +172,18 @@ def test_a_stop_loses_no_report_and_later_runs_are_taken_in(validation, reports,
     assert len(reports) == 3  # two more, of plain_beta_1
 
 
+def test_gains_of_runs_whose_folder_is_gone_stay(validation, reports, tmp_path, page):
+    file, study = tmp_path / "validation.json", import_module("study")
+    gone = make_folder(tmp_path / "gone" / "bccd_scratch", {"plain": {0: 0.3}, "sampler": {0: 0.34}})
+    validation.update([gone], 2, file, page)
+    (tmp_path / study.FILE).write_text(json.dumps({"bccd_scratch": study.gather(gone)}))
+    later = make_folder(tmp_path / "later" / "bccd_scratch", {"plain": {1: 0.4}, "sampler": {1: 0.42}})
+    validation.update([later], 2, file, page)
+    of_seeds = json.loads(file.read_text())["bccd_scratch"]["plain"]
+    assert {seed: of["sampler"]["gain"] for seed, of in of_seeds.items()} == {"0": 4.0, "1": 2.0}
+    assert [path.parents[5].name for path in reports] == ["gone", "later"]
+
+
 @pytest.mark.parametrize(
     ("strength", "gains", "is_right"),
     [
