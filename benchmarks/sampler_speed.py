@@ -38,6 +38,7 @@ def main() -> None:
     cases: list[tuple[str, int, Callable[[int, str], Calls]]] = [
         *(("sampler, proposals", batch, proposal_samplers) for batch in ((2,) if args.quick else (1, 2, 8, 16))),
         *(("sampler, anchors", batch, anchor_samplers) for batch in (() if args.quick else (1, 2))),
+        *(("sampler, all positive", batch, positive_samplers) for batch in (() if args.quick else (2,))),
         *(("selection, second stage", batch, second_stages) for batch in (() if args.quick else (1, 2, 8))),
         *(("selection, first stage", batch, first_stages) for batch in (() if args.quick else (1, 2))),
     ]
@@ -78,6 +79,12 @@ def proposal_samplers(batch: int, device: str) -> Calls:
 
 def anchor_samplers(batch: int, device: str) -> Calls:
     images = [image(ANCHORS, 50, 8_000, 2_000, 0.3, device) for _ in range(batch)]
+    return samplers(images, 256, 0.5, 0.3)
+
+
+def positive_samplers(batch: int, device: str) -> Calls:
+    """Of as many boxes as there are anchors, none of which is a negative."""
+    images = [image(ANCHORS, ANCHORS, 0, 0, 0.3, device) for _ in range(batch)]
     return samplers(images, 256, 0.5, 0.3)
 
 

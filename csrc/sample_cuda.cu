@@ -29,8 +29,8 @@ struct Image : ImageBoxes<T> {
 
 template <class T>
 struct Batch {
-  Settings settings;
   Image<T> images[kImagesPerLaunch];
+  Settings settings;
 };
 static_assert(sizeof(Batch<double>) < 4000, "the arguments of a kernel must fit into 4 KiB");
 
@@ -59,8 +59,9 @@ __global__ void __launch_bounds__(kGroupThreads) group_kernel(Batch<T> batch) {
   int32_t* counts = reinterpret_cast<int32_t*>(shared + settings.num_bins);
   const int32_t nans = settings.num_groups();
   const int lane = threadIdx.x % kLanes;
+  const T largest_iou = settings.max_iou < 0 ? *image.largest_iou : T(0);  // not written where it is not needed
   for (int64_t bin = threadIdx.x; bin < settings.num_bins; bin += kGroupThreads)
-    lower_edges[bin] = settings.lower_edge(bin, *image.largest_iou);
+    lower_edges[bin] = settings.lower_edge(bin, largest_iou);
   for (int32_t group = threadIdx.x; group <= nans; group += kGroupThreads) counts[group] = 0;
   __syncthreads();
   for (int64_t first = begin; first < begin + kBoxesPerChunk; first += kGroupThreads) {
@@ -220,7 +221,7 @@ struct Cuda {
     }
     for (size_t first = 0; first < all.size(); first += kImagesPerLaunch) {
       const unsigned count = std::min(kImagesPerLaunch, all.size() - first);
-      Batch<T> batch{settings};
+      Batch<T> batch{{}, settings};
       std::copy_n(all.begin() + first, count, batch.images);
       int64_t chunks = 0;
       for (unsigned i = 0; i < count; ++i) chunks = std::max(chunks, num_chunks(batch.images[i].size));

@@ -34,13 +34,13 @@ class Matches(list[Tensor]):
     @property
     def matched_boxes(self) -> list[Tensor]:
         """The ground truth [M, 4] of each box; 0 in an image that has none."""
-        return boxes_of(self.matched_idxs, self.gt_boxes)
+        return take_matched(self.gt_boxes, self.matched_idxs)
 
 
-def boxes_of(matched_idxs: list[Tensor], gt_boxes: list[Tensor]) -> list[Tensor]:
-    """The ground truths [M, 4] with the indices [M], an image each; 0 in an image that has none."""
-    images = zip(matched_idxs, gt_boxes, strict=False)
-    return [of.index_select(0, idxs) if len(of) else of.new_zeros(len(idxs), 4) for idxs, of in images]
+def take_matched(gt_boxes: list[Tensor], matched_idxs: list[Tensor]) -> list[Tensor]:
+    """The ground truths [M, 4] with the indices [M] of each image; 0 in an image that has none."""
+    images = zip(gt_boxes, matched_idxs, strict=False)
+    return [boxes.index_select(0, idxs) if len(boxes) else boxes.new_zeros(len(idxs), 4) for boxes, idxs in images]
 
 
 # The IoUs that are held at a time, unless those of one image are more.
@@ -58,8 +58,8 @@ def match(
 ) -> Matches:
     """Matches the boxes of a batch as torchvision does image by image, and keeps their IoU.
 
-    With torchvision's own similarity and matcher and boxes in float32 or float64, images are matched together as far as
-    memory allows, without waiting for the device.
+    With torchvision's own similarity and matcher, images are matched together as far as memory allows, without waiting
+    for the device.
 
     Args:
         similarity (callable): maps boxes [G, 4] and [M, 4] to what the matcher decides on, [G, M]; usually
@@ -74,7 +74,7 @@ def match(
         Matches: a label [M] for each box of each image, with the IoU, the index and the ground truth it belongs to.
     """
     is_stock = type(matcher) is Matcher and similarity is box_iou
-    if is_stock and _is_complete(boxes, gt_boxes, gt_labels) and _is_precise(boxes, gt_boxes):
+    if is_stock and _is_complete(boxes, gt_boxes, gt_labels):
         step = max(1, _MAX_IOUS // max(1, max(map(len, boxes)) * max(map(len, gt_boxes))))
         parts = [
             _match_together(matcher, boxes[i : i + step], gt_boxes[i : i + step], gt_labels[i : i + step])
@@ -95,11 +95,6 @@ def _is_complete(boxes: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Te
         and all(map(len, boxes))
         and all(labels.shape == image.shape[:1] for image, labels in zip(gt_boxes, gt_labels, strict=True))
     )
-
-
-def _is_precise(boxes: list[Tensor], gt_boxes: list[Tensor]) -> bool:
-    """Whether all types hold the area of a box; torchvision computes the IoUs of others in a wider one."""
-    return all(image.dtype in (torch.float32, torch.float64) for image in chain(boxes, gt_boxes))
 
 
 def _match_image(
@@ -149,6 +144,8 @@ def _box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
     Sooner and in less memory, as its operations run along M and not along pairs of coordinates.
     """
+    if boxes1.dtype.itemsize < 4 or boxes2.dtype.itemsize < 4:
+        return box_iou(boxes1, boxes2)  # in a wider type, which holds the areas
     left1, top1, right1, bottom1 = boxes1[..., None].unbind(dim=2)  # [B, N, 1]
     left2, top2, right2, bottom2 = boxes2.mT.contiguous()[:, None].unbind(dim=2)  # [B, 1, M]
     width = torch.minimum(right1, right2).sub_(torch.maximum(left1, left2)).clamp_(min=0)

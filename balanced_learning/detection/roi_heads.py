@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss, maskrcnn_loss
 from torchvision.ops import box_iou
 
-from .matching import Matches, boxes_of, match
+from .matching import Matches, match, take_matched
 from .stages import BalancedStage, summed_loss
 
 Targets = list[dict[str, Tensor]]
@@ -82,7 +82,7 @@ class LibraRoIHeads(BalancedStage, RoIHeads):
             list(torch.cat(column).index_select(0, sampled).tensor_split(splits))
             for column in (proposals, matches, matches.matched_idxs)
         )
-        matched_boxes = boxes_of(matched_idxs, matches.gt_boxes)
+        matched_boxes = take_matched(matches.gt_boxes, matched_idxs)
         return proposals, matched_idxs, labels, self.box_coder.encode(matched_boxes, proposals)
 
     @torch.jit.unused

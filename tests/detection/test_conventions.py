@@ -113,7 +113,7 @@ def test_the_cap_of_negatives_is_relative_to_the_positives_of_an_image(prepared,
     labels = torch.zeros(1000)
     labels[:num_positives] = 1
     ious = torch.rand(1000) / 4
-    matches = Matches([labels], [ious], [torch.zeros(1000, dtype=torch.int64)], [torch.zeros(1000, 4)])
+    matches = Matches([labels], [ious], [torch.zeros(1000, dtype=torch.int64)], [torch.zeros(1, 4)])
     (positives,), (negatives,) = model.rpn.fg_bg_sampler(matches)
     assert positives.sum() == num_positives
     assert negatives.sum() == int(1.5 * max(1, num_positives))
@@ -134,7 +134,7 @@ def test_the_cap_keeps_what_a_sampler_does_otherwise(build):
 def test_the_box_loss_of_the_rpn_is_its_sum_over_the_sampled_anchors(prepared, loss):
     model = apply_conventions(prepared("fasterrcnn"), rpn_box_loss=loss)
     labels = torch.tensor([1.0, 0, -1, 1, 0])
-    matches = Matches([labels], [torch.zeros(5)], [torch.zeros(5, dtype=torch.int64)], [torch.zeros(5, 4)])
+    matches = Matches([labels], [torch.zeros(5)], [torch.zeros(5, dtype=torch.int64)], [torch.zeros(1, 4)])
     deltas, wanted = torch.randn(5, 4), torch.randn(5, 4)
     _, found = model.rpn.compute_loss(torch.randn(5, 1), deltas, matches, [wanted])
     gaps = [abs(x - y) for i in (0, 3) for x, y in zip(deltas[i].tolist(), wanted[i].tolist(), strict=True)]

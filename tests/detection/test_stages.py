@@ -158,11 +158,11 @@ def test_rpn_matches_as_torchvision_and_hands_the_ious_to_the_sampler():
 
 
 @pytest.mark.parametrize("at_a_time", [1, 2, 8])
-def test_images_are_matched_alike_alone_and_together(at_a_time, monkeypatch):
+def test_images_are_matched_alike_alone_and_together(at_a_time, device, monkeypatch):
     """Also an object whose label says to ignore what is on it."""
     counts = (5, 1, 0, 3)
-    boxes, gt_boxes = [random_boxes(40) for _ in counts], [random_boxes(count) for count in counts]
-    gt_labels = [torch.tensor([-1, 1, 2, 3, 4])[:count] for count in counts]
+    boxes, gt_boxes = ([random_boxes(size).to(device) for size in sizes] for sizes in ((40,) * 4, counts))
+    gt_labels = [torch.tensor([-1, 1, 2, 3, 4], device=device)[:count] for count in counts]
     monkeypatch.setattr(matching, "_MAX_IOUS", at_a_time * 5 * 40)
     for stage, stock in ((roi_heads(), roi_heads(RoIHeads)), (rpn(), rpn(RegionProposalNetwork))):
         matches = match(torchvision.ops.box_iou, stage.proposal_matcher, boxes, gt_boxes, gt_labels)
@@ -180,29 +180,29 @@ def test_images_are_matched_alike_alone_and_together(at_a_time, monkeypatch):
             assert torch.equal(matches.matched_boxes[image], gt_boxes[image][expected.clamp(min=0)])
 
 
-def test_iou_is_computed_once_in_each_stage(build, targets, train_step, monkeypatch):
+@pytest.mark.parametrize("precise", [True, False])
+def test_iou_is_computed_once_in_each_stage(build, targets, train_step, monkeypatch, precise):
+    """By torchvision's function for types that autocast narrows boxes to."""
     model = apply_libra(build("fasterrcnn"), rpn=True)
     calls = []
 
-    def counting(function):
-        def counted(*args, **kwargs):
-            calls.append(args)
-            return function(*args, **kwargs)
+    def count(module, name):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append(name) or function(*args, **kwargs))
 
-        return counted
-
-    monkeypatch.setattr(matching, "_box_iou", counting(matching._box_iou))
-    # box_iou calls it, under whatever name box_iou was imported
-    monkeypatch.setattr(torchvision.ops.boxes, "_box_inter_union", counting(torchvision.ops.boxes._box_inter_union))
-    train_step(model, targets)
-    assert len(calls) == 2  # for all images together, which are small
+    count(matching, "_box_iou")
+    count(torchvision.ops.boxes, "_box_inter_union")  # box_iou calls it, under whatever name box_iou was imported
+    with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+        train_step(model, targets)
+    of_a_stage = ["_box_iou"] if precise else ["_box_iou", "_box_inter_union"]
+    assert calls == 2 * of_a_stage  # for all images together, which are small
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float64,) * 2, (torch.float32, torch.float64)])
-def test_ious_are_torchvisions_to_the_last_bit(dtypes):
+def test_ious_are_torchvisions_to_the_last_bit(dtypes, device):
     """Also of boxes that are empty, inside out, huge, equal, infinite or NaN."""
     odd = [[3, 3, 3, 9], [9, 9, 2, 2], [-1e30, -1e30, 1e30, 1e30], [1, 2, math.inf, 4], [0, math.nan, 5, 5]]
-    boxes = [torch.cat([random_boxes(60), torch.tensor(odd)]).to(dtype) for dtype in dtypes]
+    boxes = [torch.cat([random_boxes(60), torch.tensor(odd)]).to(device, dtype) for dtype in dtypes]
     boxes[1][0] = boxes[0][0]
     pairs = [(gt[None, :n], of[None]) for gt, of in itertools.permutations(boxes) for n in (0, 1, 65)]
     pairs.append((torch.stack([boxes[0], boxes[0].flip(0)]), torch.stack([boxes[1].flip(0), boxes[1]])))

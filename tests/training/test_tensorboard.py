@@ -19,7 +19,7 @@ LABELS, IOUS = torch.tensor([1, 0, 0, 0, -1]), torch.tensor([0.9, 0.1, 0.2, 0.4,
 @pytest.mark.parametrize("sampler", [IoUBalancedSampler(4, 0.5), BalancedPositiveNegativeSampler(4, 0.5)])
 def test_an_observed_sampler_draws_as_before_and_is_remembered(sampler):
     observed = ObservedSampler(taking_labels(sampler))
-    positives, negatives = observed(Matches([LABELS], [IOUS], [torch.zeros_like(LABELS)], [torch.zeros(5, 4)]))
+    positives, negatives = observed(Matches([LABELS], [IOUS], [torch.zeros_like(LABELS)], [torch.zeros(1, 4)]))
     assert positives[0].tolist() == [1, 0, 0, 0, 0]
     assert negatives[0].tolist() == [0, 1, 1, 1, 0]
     assert observed.sampled_ious().tolist() == pytest.approx([0.1, 0.2, 0.4])
