@@ -1,7 +1,8 @@
 """The tables that the documentation has of the study's results."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 from _common import markdown
@@ -23,13 +24,13 @@ from _study_results import (
     title,
     values,
 )
-from balanced_learning.training.reproduction.spreads import interval, mean, spread
+from balanced_learning.training.reproduction.spreads import FEWEST, interval, mean, spread
 from balanced_learning.training.tide import KINDS
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 COSTS = tuple(f"dAP50/{kind}" for kind in KINDS)
 OTHER_LOSSES = (PLAIN, PAPERS_PLAIN, "smooth_l1_w1.5", "smooth_l1_w2", "l1")
-SHARES = {"1/4": 0.25, "1/2": 0.5, "3/4": 0.75, "all": 1.0}  # of the epochs
+SHARES = {words: Fraction(words) for words in ("1/4", "1/3", "1/2", "2/3", "3/4", "1")}  # of the epochs
 NOTHING = "No run is finished yet."
 CURVES, DIFFERENCES = "images/study_curves.svg", "images/study_differences.svg"  # beside the page
 
@@ -41,14 +42,22 @@ def of_mean(numbers: Sequence[float]) -> str:
 
 
 def of_difference(pairs: Sequence[float]) -> str:
-    """Mean and interval, bold where the interval excludes zero."""
+    """Mean and interval, bold where the interval excludes zero, and the mean is not rounded to it."""
     middle, bounds = mean(pairs), interval(pairs)
     if middle is None:
         return "-"
     if bounds is None:
         return _signed(middle)
     text = f"{_signed(middle)} [{_signed(bounds[0])}, {_signed(bounds[1])}]"
-    return f"**{text}**" if excludes_zero(bounds) else text
+    return f"**{text}**" if excludes_zero(bounds) and round(middle, 1) else text
+
+
+def of_fewer(pairs: Sequence[float]) -> str:
+    """The least and the largest mean of what is left when one pair is left out."""
+    if len(pairs) < FEWEST:
+        return "-"
+    means = [(sum(pairs) - pair) / (len(pairs) - 1) for pair in pairs]
+    return f"{_signed(min(means))} to {_signed(max(means))}"
 
 
 def _signed(value: float) -> str:
@@ -68,6 +77,7 @@ def table(results: Results) -> str:
                 "seeds": _range([len(each) for each in pairs.values() if each]),
                 "AP plain": of_mean(list(values(situation, PLAIN, "AP").values())),
                 **{words: of_difference(each) for words, each in pairs.items()},
+                "all, over smooth L1 of beta 1": of_difference(differences(situation, LIBRA, PAPERS_PLAIN, "AP")),
             }
         )
     return markdown(rows, words=1) if rows else NOTHING
@@ -143,7 +153,7 @@ def _convergence(results: Results) -> str:
         for row in (PLAIN, LIBRA):
             seeds = situation["rows"].get(row, {}).get("seeds", {}).values()
             if seeds:
-                after = {f"AP after {words}": [_after(run, share) for run in seeds] for words, share in SHARES.items()}
+                after = {f"AP at {words}": [_after(run, share) for run in seeds] for words, share in SHARES.items()}
                 rows.append(
                     {
                         "situation": title(name),
@@ -154,10 +164,10 @@ def _convergence(results: Results) -> str:
     return markdown(rows, words=2) if rows else NOTHING
 
 
-def _after(run: dict[str, Any], share: float) -> float | None:
-    """The last AP that was measured when this share of the epochs was trained."""
+def _after(run: dict[str, Any], share: Fraction) -> float | None:
+    """The AP that was measured when this share of the epochs was trained, if it was then."""
     last = run["curve"][-1][0]
-    return next((ap for epoch, ap in reversed(run["curve"]) if epoch <= share * last), None)
+    return next((ap for epoch, ap in run["curve"] if epoch == share * last), None)
 
 
 def _results(name: str, situation: Situation) -> str:
@@ -171,7 +181,7 @@ def _results(name: str, situation: Situation) -> str:
     ]
     parts = [f"### {title(name)}", "Mean ± standard deviation over the seeds:", markdown(means, words=1)]
     if compared(situation):
-        changed = _differences(situation, METRICS)
+        changed = _differences(situation, METRICS, {"AP without one seed": of_fewer})
         cost = {"row": label(situation, PLAIN), "against": "", "seeds": ""} if PLAIN in situation["rows"] else {}
         if cost:
             cost["seeds"] = counted(len(situation["rows"][PLAIN]["seeds"]))
@@ -185,16 +195,17 @@ def _results(name: str, situation: Situation) -> str:
     return "\n\n".join(parts)
 
 
-def _differences(situation: Situation, metrics: Sequence[str]) -> list[dict[str, str]]:
-    return [
-        {
-            "row": label(situation, row),
-            "against": f"`{against}`",
-            "seeds": counted(len(differences(situation, row, against, "AP"))),
-            **{_kind(metric): of_difference(differences(situation, row, against, metric)) for metric in metrics},
-        }
-        for row, against in compared(situation)
-    ]
+def _differences(
+    situation: Situation, metrics: Sequence[str], of_ap: dict[str, Callable[[list[float]], str]] | None = None
+) -> list[dict[str, str]]:
+    """A row for each comparison; ``of_ap`` are columns with what else is said of the differences in AP."""
+    rows = []
+    for row, against in compared(situation):
+        pairs = {metric: differences(situation, row, against, metric) for metric in ("AP", *metrics)}
+        cells = {"row": label(situation, row), "against": f"`{against}`", "seeds": counted(len(pairs["AP"]))}
+        cells |= {_kind(metric): of_difference(pairs[metric]) for metric in metrics}
+        rows.append(cells | {name: of(pairs["AP"]) for name, of in (of_ap or {}).items()})
+    return rows
 
 
 def _kind(metric: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from _common import markdown
-from _study_results import BOX_LOSS, PAPERS_PLAIN, PLAIN, counted, excludes_zero, title
+from _study_results import BOX_LOSS, PAPERS_PLAIN, PLAIN, counted, title
 from _study_tables import of_difference
 from balanced_learning.training.imbalance.advice import verdict_of
 from balanced_learning.training.reproduction.spreads import interval, mean
@@ -16,6 +16,7 @@ BASELINES = {
     PAPERS_PLAIN: {BOX_LOSS: "objective"},
 }
 FEWEST = 4  # points that a correlation takes
+MARGIN = 0.5  # AP in points; less is no help
 NOTHING = "No report is made yet."
 
 Validation = dict[str, Any]  # as benchmarks/results/imbalance_validation.json has it
@@ -51,13 +52,15 @@ class Point:
 
     @property
     def helped(self) -> bool | None:
-        """Whether the mean gain is above or below 0; None where its interval holds 0, or where there is none."""
+        """Whether the interval of the gain lies above 0, or else below the margin; None if neither, or without one."""
         bounds = interval(self.gains)
-        return bounds[0] > 0 if bounds and excludes_zero(bounds) else None
+        if bounds is None:
+            return None
+        return True if bounds[0] > 0 else False if bounds[1] < MARGIN else None
 
     @property
     def is_right(self) -> bool | None:
-        """Whether the verdict is that something helps where it did, or "nothing" where it cost AP; None: undecided."""
+        """Whether the verdict is that something helps where it did, or "nothing" where it did not; None: undecided."""
         return None if self.helped is None else self.helped == (self.verdict != "nothing")
 
 

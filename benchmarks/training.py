@@ -24,6 +24,7 @@ from statistics import fmean
 import torch
 
 from _common import RESULTS, environment, markdown, write
+from _study_tables import of_difference
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {"Libra": [], "plain": ["--no-sampler", "--no-pyramid", "--no-box-loss"]}
@@ -91,7 +92,7 @@ def run(options: list[str], data_path: Path | None, threads: int) -> dict:
 
 
 def table(results: dict) -> str:
-    """As Markdown, a row a seed and their mean: average precision in percent, and the minutes of the whole run."""
+    """As Markdown: average precision in percent, and the minutes of the whole run, of each seed and their mean."""
     runs = results["runs"]
     seeds = range(len(runs) // len(PARTS))
     measures = {"AP": ("AP", 100), "AP50": ("AP50", 100), "AP75": ("AP75", 100), "minutes": ("total_seconds", 1 / 60)}
@@ -102,7 +103,8 @@ def table(results: dict) -> str:
             for name in PARTS:
                 row[f"{measure} {name}"] = f"{factor * fmean(runs[_run_name(name, seed)][key] for seed in of):.1f}"
         rows.append(row)
-    return markdown(rows)
+    pairs = [100 * (runs[_run_name("Libra", seed)]["AP"] - runs[_run_name("plain", seed)]["AP"]) for seed in seeds]
+    return f"{markdown(rows)}\n\nLibra minus plain, AP, with the 95 % interval: {of_difference(pairs)}."
 
 
 def _run_name(name: str, seed: int) -> str:

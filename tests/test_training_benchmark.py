@@ -43,7 +43,9 @@ def test_what_was_measured_of_the_same_commit_is_kept(measure, tmp_path, capsys,
     begun = len(json.loads((tmp_path / "training_shapes.unfinished.json").read_text())["runs"])
     assert begun >= 2
     assert measure(commits[1]) == (6 - begun if is_kept else 6)
-    assert capsys.readouterr().out.splitlines()[-1].split(" | ")[:3] == ["| mean", "    25.0", "    25.0"]
+    *_, means, _, difference = capsys.readouterr().out.splitlines()
+    assert means.split(" | ")[:3] == ["| mean", "    25.0", "    25.0"]
+    assert difference == "Libra minus plain, AP, with the 95 % interval: +0.0 [+0.0, +0.0]."
     results = json.loads((tmp_path / "training_shapes.json").read_text())
     assert len(results["runs"]) == 6
     assert [file.name for file in tmp_path.iterdir()] == ["training_shapes.json"]

@@ -194,6 +194,10 @@ def test_gains_of_runs_whose_folder_is_gone_stay(validation, reports, tmp_path, 
         (0.04, [-1.0, 3.0, 4.0], None),
         (0.30, [-4.0, -3.0, -2.0], False),
         (0.04, [-4.0, -3.0, -2.0], True),
+        (0.30, [-0.1, 0.0, 0.2], False),  # up to 0.4: less than half a point
+        (0.04, [-0.1, 0.0, 0.2], True),
+        (0.04, [-0.2, 0.0, 0.3], None),  # up to 0.7
+        (0.30, [0.1, 0.11, 0.12], True),  # little, but sure
         (0.30, [3.0, 4.0], None),
         (0.04, [], None),
     ],

@@ -124,7 +124,24 @@ def test_differences_are_paired_with_the_interval_of_students_t(tables, root):
     assert cells(page, "DeepPCB, fine-tuned", "L1")[3] == "+2.7 [-1.1, +6.5]"
     assert cells(page, "+ balanced L1", "`plain`")[6] == "-"  # APs
     assert cells(page, "+ balanced L1 (`balanced_l1`)")[2] == "43.0 ± 9.5"
-    assert cells((root / "README.md").read_text(), "DeepPCB, fine-tuned")[-1] == "**+3.0 [+0.5, +5.5]**"
+    assert cells((root / "README.md").read_text(), "DeepPCB, fine-tuned")[-2:] == ["**+3.0 [+0.5, +5.5]**", "-"]
+
+
+def test_what_one_seed_decides(tables, root):
+    """Of +4, +2 and +3 points; and all three parts against the paper's baseline, 4 points lower than the plain one."""
+    rows = {"plain": {0: 0.30, 1: 0.40, 2: 0.50}, "libra": {0: 0.34, 1: 0.42, 2: 0.53}}
+    rows["plain_beta_1"] = {seed: ap - 0.04 for seed, ap in rows["plain"].items()}
+    tables.update([make_folder(root / "deeppcb_finetuned", rows)], root / "study.json", root)
+    page = (root / "docs" / "study.md").read_text()
+    assert cells(page, "Libra", "`plain`")[-1] == "+2.5 to +3.5"
+    assert cells((root / "README.md").read_text(), "DeepPCB, fine-tuned")[-1] == "**+7.0 [+4.5, +9.5]**"
+
+
+def test_ap_is_that_of_the_very_share_of_the_epochs(tables, root):
+    """Of three epochs, of which the last two were evaluated."""
+    tables.update([make_folder(root / "deeppcb_finetuned", {"plain": {0: 0.4}})], root / "study.json", root)
+    line = cells((root / "docs" / "study.md").read_text(), "DeepPCB, fine-tuned", "plain")
+    assert line[2:] == ["-", "-", "-", "20.0", "-", "40.0"]
 
 
 def test_a_later_call_replaces_its_situations_alone(study, root):

@@ -13,9 +13,7 @@ from balanced_learning.training.config import Config
 from balanced_learning.training.imbalance.gathering import Measurements
 from balanced_learning.training.model import smooth_l1
 
-# Strengths from which a part is said to do a little, and from which it can help: a rule of thumb. On COCO, where each
-# part gained the paper about a point of AP, the strength of the sample level is about 0.3 (60 % of the hard negatives
-# and 30 % of random ones lie above an IoU of 0.05); half of that is taken to be worth a try at every level.
+# Strengths from which a part is said to do a little, and from which it can help: a rule of thumb.
 LITTLE, CAN_HELP = 0.05, 0.15
 MOST = 0.5  # of the images: from here on the sentence tells of a bin that is empty, or of candidates that are too few
 LARGER = 1.2  # multiple of the box gradient from which the sentence tells that balanced L1 is a larger loss, too

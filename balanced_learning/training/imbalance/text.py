@@ -69,7 +69,7 @@ def _objective_rows(measured: Measurements) -> list[Row]:
         ("the same of each box, mean", percent(level.of_sample), ""),
         ("their part of the box gradient, balanced L1", percent(level.of_total_balanced), ""),
         (
-            "the mean gradient of an inlier, of an outlier's",
+            "mean gradient of an inlier / of an outlier",
             percent(level.to_outlier),
             f"{percent(PAPER_TO_OUTLIER)}, of beta 1",
         ),
