@@ -32,7 +32,7 @@ def convert(source: Path, target: Path) -> str:
     content = read_tensors(source, name, leaves_out=True)
     try:
         state, meta = unpack(content)
-        layout = Layout.of(state, str(meta.get("mmdet_version", "")))
+        layout = Layout.of(state, meta)
         if layout.kind is MaskRCNN:
             raise ValueError("the training program has no Mask R-CNN: use balanced_learning.detection.from_mmdet")
         config = Config.of(settings(layout))

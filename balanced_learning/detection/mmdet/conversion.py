@@ -40,7 +40,7 @@ def from_mmdet(state_dict: Mapping[str, Any]) -> Any:
         >>> model = from_mmdet(torch.load("libra_faster_rcnn_r50_fpn_1x_coco.pth"))  # doctest: +SKIP
     """
     state, meta = unpack(state_dict)
-    layout = Layout.of(state, str(meta.get("mmdet_version", "")))
+    layout = Layout.of(state, meta)
     model = layout.build()
     load(model, state, layout)
     model.categories, model.category_ids = class_names(meta, layout.num_classes)

@@ -78,10 +78,10 @@ class Layout:
         return f"{libra}{self.kind.__name__} with {self.backbone}"
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor], version: str = "") -> "Layout":
+    def of(cls, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> "Layout":
         """The layout of weights with the names of mmdetection 3.
 
-        ``version`` is that of the mmdetection that made them, if it is known.
+        ``meta`` is what their checkpoint tells beside them, perhaps the version of mmdetection.
 
         Raises:
             ValueError: if these are the weights of something else.
@@ -100,7 +100,7 @@ class Layout:
         if kind is RetinaNet:
             num_classes = _get(state, "bbox_head.retina_cls.weight").shape[0] // ANCHORS + 1
             from_c5 = _get(state, f"{fpn}.fpn_convs.3.conv.weight").shape[1] != lateral.shape[0]
-            is_first = version.startswith(("0.", "1."))
+            is_first = str(meta.get("mmdet_version", "")).startswith(("0.", "1."))
         else:
             num_classes = _get(state, "roi_head.bbox_head.fc_cls.weight").shape[0]
             from_c5 = False
