@@ -1,6 +1,6 @@
 """The small detectors and images that the detection tests share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -25,6 +25,12 @@ def kind(request) -> str:
 @pytest.fixture(params=["fasterrcnn", "retinanet"])
 def basic_kind(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,11 +19,7 @@ from tests.detection.mmdet_models import (
 from tests.reference import mmdet_boxes, mmdet_detectors
 from tests.reference.mmdet_states import synthetic_state
 
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @VERSIONS

@@ -19,12 +19,7 @@ from tests.detection.mmdet_models import (
 from tests.reference import mmdet_boxes, mmdet_detectors, mmdet_maps
 
 SLOW = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.mark.parametrize("size", [(375, 500), (640, 427), (97, 1200)], ids=str)
