@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from _common import markdown
-from _study_results import BOX_LOSS, PAPERS_PLAIN, PLAIN, counted, title
+from _study_results import BOX_LOSS, PAPERS_PLAIN, PLAIN, Results, counted, differences, title
 from _study_tables import of_difference
 from balanced_learning.training.imbalance.advice import verdict_of
 from balanced_learning.training.reproduction.spreads import interval, mean
@@ -31,7 +31,7 @@ class Point:
         part: the row that has it.
         baseline: the row that it was added to, and whose detectors were measured.
         strengths: of the reports, a seed each.
-        gains: in AP, of the seeds that have both rows.
+        gains: in AP, of the seeds that have both rows, with or without a report.
         figures: that the strength rests on, means over the reports.
     """
 
@@ -64,14 +64,14 @@ class Point:
         return None if self.helped is None else self.helped == (self.verdict != "nothing")
 
 
-def points(results: Validation) -> list[Point]:
-    """All parts of all situations that there is a report for."""
+def points(results: Validation, study: Results) -> list[Point]:
+    """All parts of all situations that there is a report for, with what they did in the study."""
     found = []
     for name, rows in results.items():
         for baseline, parts in BASELINES.items():
             for part in parts if rows.get(baseline) else ():
                 seeds = [of_seed[part] for of_seed in rows[baseline].values()]
-                gains = [each["gain"] for each in seeds if each["gain"] is not None]
+                gains = differences(study[name], part, baseline, "AP") if name in study else []
                 figures = {figure: _mean([each["figures"][figure] for each in seeds]) for figure in seeds[0]["figures"]}
                 found.append(Point(name, part, baseline, [each["strength"] for each in seeds], gains, figures))
     return found
@@ -93,9 +93,9 @@ def correlation(first: Sequence[float], second: Sequence[float]) -> float | None
     return float(spearmanr(first, second).statistic)
 
 
-def block(results: Validation) -> str:
+def block(results: Validation, study: Results) -> str:
     """The part of the study's page."""
-    found = points(results)
+    found = points(results, study)
     return "\n\n".join([_table(found), _answer(found), _figures(found)]) if found else NOTHING
 
 

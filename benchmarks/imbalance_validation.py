@@ -4,10 +4,9 @@
     python benchmarks/imbalance_validation.py                                           # the page's table alone
 
 Takes output folders of `examples/reproduce.py --table study`, as benchmarks/study.py does. Calls
-examples/imbalance_report.py on the checkpoint of each plain detector whose run is finished, with either beta, and puts
-beside what it predicts of a part by how much that part raised AP with the same seed, in these folders or in
-benchmarks/results/study.json. Writes benchmarks/results/imbalance_validation.json after every report; what is in there
-is not measured again. From that file come the tables in docs/study.md.
+examples/imbalance_report.py on the checkpoint of each plain detector whose run is finished, with either beta. Writes
+benchmarks/results/imbalance_validation.json after every report; what is in there is not measured again. From that file,
+and from what benchmarks/study.py has written of how the parts changed AP, come the tables in docs/study.md.
 """
 
 import argparse
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from _common import RESULTS
-from _study_results import Situation, values
 from _validation import BASELINES, Validation, block
 from balanced_learning.training.endings import ends_in_one_line
 from balanced_learning.training.files import write_text
@@ -27,7 +25,7 @@ from balanced_learning.training.settings import positive
 from examples import imbalance_report
 from imbalance_page import measured
 from study import FILE as STUDY
-from study import ROOT, as_json, fill, gather, joined, read_results
+from study import ROOT, as_json, fill, gather, read_results
 
 FILE = "imbalance_validation.json"
 
@@ -45,27 +43,18 @@ def update(folders: list[Path], batches: int, file: Path, page: Path) -> None:
     """Measures what is not measured yet, and writes the file and the page."""
     results: Validation = read_results(file)
     for folder in folders:
-        here, name = gather(folder), folder.resolve().name
-        situation = joined(read_results(file.with_name(STUDY)).get(name), here)
+        rows, name = gather(folder)["rows"], folder.resolve().name
         of_name = results.setdefault(name, {})
-        done = {row: here["rows"].get(row, {}).get("seeds", {}) for row in BASELINES}
+        done = {row: rows.get(row, {}).get("seeds", {}) for row in BASELINES}
         left = [(row, seed) for row in done for seed in done[row] if seed not in of_name.get(row, {})]
         for number, (row, seed) in enumerate(left, 1):
             print(f"{name}: report {number} of {len(left)}, {row} with seed {seed}", flush=True)
             content = report(folder / "runs" / "study" / row / f"seed_{seed}" / "checkpoint.pth", batches)
             of_name.setdefault(row, {})[seed] = predictions(content, BASELINES[row])
-            add_gains(of_name, situation)
-            write(file, results)
-        add_gains(of_name, situation)
-    if folders:
-        write(file, results)
-    text = block(results)
+            write_text(file, as_json({name: results[name] for name in sorted(results)}, levels=4) + "\n")
+    text = block(results, read_results(file.with_name(STUDY)))
     write_text(page, fill(page.read_text(encoding="utf-8"), {"validation": text}))
     print(text)
-
-
-def write(file: Path, results: Validation) -> None:
-    write_text(file, as_json({name: results[name] for name in sorted(results)}, levels=4) + "\n")
 
 
 def report(checkpoint: Path, batches: int) -> dict[str, Any]:
@@ -114,17 +103,6 @@ def figures_of(content: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def _rounded(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 4)
-
-
-def add_gains(rows: dict[str, Any], situation: Situation) -> None:
-    """Puts beside each prediction what the part added to the AP of its baseline with that seed, in points."""
-    for row, parts in BASELINES.items():
-        before = values(situation, row, "AP")
-        for part in parts:
-            after = values(situation, part, "AP")
-            for seed, of_seed in rows.get(row, {}).items():
-                is_known = seed in before and seed in after
-                of_seed[part]["gain"] = round(after[seed] - before[seed], 4) if is_known else None
 
 
 if __name__ == "__main__":

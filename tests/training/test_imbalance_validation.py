@@ -65,21 +65,35 @@ def content(**changes):
     return json.loads(json.dumps(whole))
 
 
-def predicted(strength, gain, **figures):
-    return {"strength": strength, "verdict": "-", "figures": figures, "gain": gain}
+def reported(*strengths):
+    """The reports on a situation with these strengths of the parts, which are all figures, too."""
+    parts = zip(PARTS, strengths, strict=True)
+    return {"plain": {"0": {part: {"strength": s, "verdict": "-", "figures": {"figure": s}} for part, s in parts}}}
 
 
-def of_parts(*cases):
-    """A situation from the strength of each part and its gains, one a seed; all figures are the strength."""
-    seeds = range(max(len(gains) for _, gains in cases))
-    named = list(zip(PARTS, cases, strict=False))
-    return {"plain": {f"{i}": {part: predicted(s, g[i], figure=s) for part, (s, g) in named} for i in seeds}}
+def studied(*gains):
+    """The study's situation in which the parts have these gains, one a seed."""
+    rows = {"plain": [10.0] * 2} | {part: [10.0 + gain for gain in of] for part, of in zip(PARTS, gains, strict=True)}
+    return {
+        "rows": {row: {"seeds": {f"{i}": {"AP": ap} for i, ap in enumerate(aps)}} for row, aps in rows.items()},
+    }
+
+
+def write_study(folder, root):
+    """Puts the runs of a folder into the study's results in ``root``."""
+    study = import_module("study")
+    file = root / study.FILE
+    results = study.read_results(file)
+    results[folder.name] = study.joined(results.get(folder.name), study.gather(folder))
+    file.write_text(json.dumps(results))
 
 
 def test_the_page_is_what_the_results_say(validation):
-    results = validation.read_results(validation.RESULTS / validation.FILE)
+    results, study = (
+        validation.read_results(validation.RESULTS / file) for file in (validation.FILE, validation.STUDY)
+    )
     text = (ROOT / "docs" / "study.md").read_text()
-    assert f"<!-- validation -->\n{validation.block(results)}\n\n<!-- end of validation -->" in text
+    assert f"<!-- validation -->\n{validation.block(results, study)}\n\n<!-- end of validation -->" in text
 
 
 def test_the_figures_are_those_that_the_strength_is_the_least_of(validation):
@@ -113,6 +127,7 @@ def test_the_program_writes_what_is_read(validation, coco_root, edit, tmp_path, 
 
 def test_each_baseline_is_measured_once_and_gains_are_paired(validation, reports, tmp_path, page, capsys):
     file, folder = tmp_path / "validation.json", make_folder(tmp_path / "bccd_scratch", APS)
+    write_study(folder, tmp_path)
     validation.update([folder], 2, file, page)
     assert [f"{path.parent.relative_to(folder)}" for path in reports] == [
         *(f"runs/study/plain/seed_{seed}" for seed in range(3)),
@@ -120,9 +135,6 @@ def test_each_baseline_is_measured_once_and_gains_are_paired(validation, reports
     ]
     assert "bccd_scratch: report 4 of 5, plain_beta_1 with seed 0\n" in capsys.readouterr().out
     rows = json.loads(file.read_text())["bccd_scratch"]
-    gains = {part: [of[part]["gain"] for of in rows["plain"].values()] for part in PARTS}
-    assert gains == {"sampler": [4.0, 2.0, 3.0], "pyramid": [-1.0, 3.0, -1.0], "balanced_l1": [5.0, 5.0, None]}
-    assert [of["balanced_l1"]["gain"] for of in rows["plain_beta_1"].values()] == [15.0, 5.0]
     assert rows["plain_beta_1"]["0"].keys() & set(PARTS) == {"balanced_l1"}
 
     text = page.read_text()
@@ -151,6 +163,7 @@ def test_a_stop_loses_no_report_and_later_runs_are_taken_in(validation, reports,
     file = tmp_path / "validation.json"
     few = {"plain": APS["plain"], "sampler": {0: 0.34}}
     first = make_folder(tmp_path / "one" / "bccd_scratch", few)
+    write_study(first, tmp_path)
     of_two = iter((content(), content()))
     monkeypatch.setattr(validation, "report", lambda *_: next(of_two))
     with pytest.raises(StopIteration):
@@ -167,21 +180,22 @@ def test_a_stop_loses_no_report_and_later_runs_are_taken_in(validation, reports,
     assert cells(page.read_text(), "BCCD, from scratch", "`pyramid`")[7:10] == ["3 seeds", "-", "-"]
     assert cells(page.read_text(), "BCCD, from scratch", "`sampler`")[7:10] == ["3 seeds", "+4.0", "1 seed"]
 
-    validation.update([make_folder(tmp_path / "two" / "bccd_scratch", APS)], 2, file, page)
+    second = make_folder(tmp_path / "two" / "bccd_scratch", APS)
+    write_study(second, tmp_path)
+    validation.update([second], 2, file, page)
     assert cells(page.read_text(), "BCCD, from scratch", "`sampler`")[9] == "3 seeds"
     assert len(reports) == 3  # two more, of plain_beta_1
 
 
-def test_gains_of_runs_whose_folder_is_gone_stay(validation, reports, tmp_path, page):
-    file, study = tmp_path / "validation.json", import_module("study")
-    gone = make_folder(tmp_path / "gone" / "bccd_scratch", {"plain": {0: 0.3}, "sampler": {0: 0.34}})
-    validation.update([gone], 2, file, page)
-    (tmp_path / study.FILE).write_text(json.dumps({"bccd_scratch": study.gather(gone)}))
-    later = make_folder(tmp_path / "later" / "bccd_scratch", {"plain": {1: 0.4}, "sampler": {1: 0.42}})
-    validation.update([later], 2, file, page)
-    of_seeds = json.loads(file.read_text())["bccd_scratch"]["plain"]
-    assert {seed: of["sampler"]["gain"] for seed, of in of_seeds.items()} == {"0": 4.0, "1": 2.0}
-    assert [path.parents[5].name for path in reports] == ["gone", "later"]
+def test_gains_are_of_all_runs_also_of_those_without_a_report(validation, reports, tmp_path, page):
+    gone = make_folder(tmp_path / "gone" / "bccd_scratch", {"plain": {0: 0.3, 1: 0.4}, "sampler": {0: 0.34, 1: 0.42}})
+    later = make_folder(tmp_path / "later" / "bccd_scratch", {"plain": {2: 0.5}, "sampler": {2: 0.53}})
+    write_study(gone, tmp_path)
+    write_study(later, tmp_path)
+    validation.update([later], 2, tmp_path / "validation.json", page)
+    assert len(reports) == 1
+    line = cells(page.read_text(), "BCCD, from scratch", "`sampler`")
+    assert line[7:10] == ["1 seed", "**+3.0 [+0.5, +5.5]**", "3 seeds"]
 
 
 @pytest.mark.parametrize(
@@ -217,12 +231,14 @@ def test_spearmans_correlation_by_hand(points):
 
 def test_the_correlations_are_of_means_over_seeds(points):
     """Strengths and mean gains of four points rank (1, 2, 3, 4) and (2, 1, 4, 3); two more have no gain yet."""
-    results = {
-        "bccd_scratch": of_parts((0.1, [3.0, 1.0]), (0.2, [1.0, 2.0]), (0.9, [None, None])),
-        "deeppcb_scratch": of_parts((0.3, [9.0, 7.0]), (0.4, [5.0, None]), (0.0, [None, None])),
+    results = {"bccd_scratch": reported(0.1, 0.2, 0.9), "deeppcb_scratch": reported(0.3, 0.4, 0.0)}
+    study = {
+        "bccd_scratch": studied([3.0, 1.0], [1.0, 2.0], []),
+        "deeppcb_scratch": studied([9.0, 7.0], [5.0], []),
     }
-    assert len(points.points(results)) == 6
-    text = points.block(results)
+    assert len(points.points(results, study)) == 6
+    text = points.block(results, study)
     assert "No case is decided yet. Spearman's rank correlation of strength and gain over 4 points: +0.60." in text
     assert cells(text, "figure", "`sampler`, `pyramid`, `balanced_l1`")[2:4] == ["4", "+0.60"]
-    assert points.block({}) == points.NOTHING
+    assert "over 0 points: none." in points.block(results, {})
+    assert points.block({}, study) == points.NOTHING
