@@ -13,7 +13,7 @@ ROW = {"AP": 0.25, "AP50": 0.5, "AP75": 0.125, "total_seconds": 90.0}
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
     """Measures the shapes with runs that take no time, of which the third fails if asked to."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     training = import_module("training")
     monkeypatch.setattr(training, "RESULTS", tmp_path)
     monkeypatch.setattr(training.torch, "set_num_threads", lambda _: None)
