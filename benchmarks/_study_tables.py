@@ -1,7 +1,7 @@
 """The tables that the documentation has of the study's results."""
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -153,18 +153,18 @@ def _convergence(results: Results) -> str:
         for row in (PLAIN, LIBRA):
             seeds = situation["rows"].get(row, {}).get("seeds", {}).values()
             if seeds:
-                after = {f"AP at {words}": [_after(run, share) for run in seeds] for words, share in SHARES.items()}
+                aps = {f"AP at {words}": [_ap_at(run, share) for run in seeds] for words, share in SHARES.items()}
                 rows.append(
                     {
                         "situation": title(name),
                         "row": label(situation, row),
-                        **{words: "-" if None in each else of_mean(each) for words, each in after.items()},  # type: ignore[arg-type]
+                        **{words: "-" if None in each else of_mean(each) for words, each in aps.items()},  # type: ignore[arg-type]
                     }
                 )
     return markdown(rows, words=2) if rows else NOTHING
 
 
-def _after(run: dict[str, Any], share: Fraction) -> float | None:
+def _ap_at(run: dict[str, Any], share: Fraction) -> float | None:
     """The AP that was measured when this share of the epochs was trained, if it was then."""
     last = run["curve"][-1][0]
     return next((ap for epoch, ap in run["curve"] if epoch == share * last), None)
@@ -181,7 +181,9 @@ def _results(name: str, situation: Situation) -> str:
     ]
     parts = [f"### {title(name)}", "Mean ± standard deviation over the seeds:", markdown(means, words=1)]
     if compared(situation):
-        changed = _differences(situation, METRICS, {"AP without one seed": of_fewer})
+        changed = _differences(situation, METRICS)
+        for cells, pair in zip(changed, compared(situation), strict=True):
+            cells["AP without one seed"] = of_fewer(differences(situation, *pair, "AP"))
         cost = {"row": label(situation, PLAIN), "against": "", "seeds": ""} if PLAIN in situation["rows"] else {}
         if cost:
             cost["seeds"] = counted(len(situation["rows"][PLAIN]["seeds"]))
@@ -195,17 +197,16 @@ def _results(name: str, situation: Situation) -> str:
     return "\n\n".join(parts)
 
 
-def _differences(
-    situation: Situation, metrics: Sequence[str], of_ap: dict[str, Callable[[list[float]], str]] | None = None
-) -> list[dict[str, str]]:
-    """A row for each comparison; ``of_ap`` are columns with what else is said of the differences in AP."""
-    rows = []
-    for row, against in compared(situation):
-        pairs = {metric: differences(situation, row, against, metric) for metric in ("AP", *metrics)}
-        cells = {"row": label(situation, row), "against": f"`{against}`", "seeds": counted(len(pairs["AP"]))}
-        cells |= {_kind(metric): of_difference(pairs[metric]) for metric in metrics}
-        rows.append(cells | {name: of(pairs["AP"]) for name, of in (of_ap or {}).items()})
-    return rows
+def _differences(situation: Situation, metrics: Sequence[str]) -> list[dict[str, str]]:
+    return [
+        {
+            "row": label(situation, row),
+            "against": f"`{against}`",
+            "seeds": counted(len(differences(situation, row, against, "AP"))),
+            **{_kind(metric): of_difference(differences(situation, row, against, metric)) for metric in metrics},
+        }
+        for row, against in compared(situation)
+    ]
 
 
 def _kind(metric: str) -> str:

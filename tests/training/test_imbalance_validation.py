@@ -145,6 +145,8 @@ def test_each_baseline_is_measured_once_and_gains_are_paired(validation, reports
     end = ["0.30", "3 seeds", "**+3.0 [+0.5, +5.5]**", "3 seeds"]
     assert cells(text, *start)[:10] == [*start, figures, "can help", "right", *end]
     assert cells(text, start[0], "`pyramid`")[5] == "undecided"
+    assert cells(text, start[0], "`pyramid`")[8] == "+0.3 [-5.4, +6.1]"
+    assert cells(text, start[0], "`balanced_l1`", "`plain_beta_1`")[8:10] == ["+10.0", "2 seeds"]
     assert cells(text, start[0], "`balanced_l1`", "`plain`")[5:10] == [
         "undecided",
         "0.25",
