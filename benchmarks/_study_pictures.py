@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from _intervals import excludes_zero
 from _study_results import (
     LIBRA,
     PARTS,
@@ -18,7 +19,6 @@ from _study_results import (
     against_plain,
     counted,
     differences,
-    excludes_zero,
     label,
     title,
 )

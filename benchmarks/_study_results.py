@@ -5,7 +5,12 @@ from typing import Any
 
 PLAIN, PAPERS_PLAIN, BOX_LOSS, LIBRA = "plain", "plain_beta_1", "balanced_l1", "libra"
 PARTS = ("sampler", "pyramid", BOX_LOSS, "sampler_pyramid", LIBRA)  # of Libra
-WORDS = {"bccd": "BCCD", "deeppcb": "DeepPCB", "finetuned": "fine-tuned", "scratch": "from scratch"}
+WORDS = {
+    **{"bccd": "BCCD", "deeppcb": "DeepPCB", "finetuned": "fine-tuned", "scratch": "from scratch"},
+    **{"slow": "half the learning rate", "long": "twice the epochs"},
+}
+SIZES = {"APs": "small", "APm": "medium", "APl": "large"}  # of the objects that a metric is about
+FEWEST_BOXES = 30  # that a metric may rest on
 
 Situation = dict[str, Any]  # as benchmarks/results/study.json has it
 Results = dict[str, Situation]
@@ -18,7 +23,9 @@ def title(name: str) -> str:
 
 
 def values(situation: Situation, row: str, metric: str) -> dict[str, float]:
-    """A metric by seed, where it is defined."""
+    """A metric by seed, where it is defined and rests on enough boxes."""
+    if situation["boxes"].get(SIZES.get(metric), FEWEST_BOXES) < FEWEST_BOXES:
+        return {}
     seeds = situation["rows"].get(row, {}).get("seeds", {})
     return {seed: run[metric] for seed, run in seeds.items() if run[metric] is not None}
 
@@ -52,7 +59,3 @@ def label(situation: Situation, row: str) -> str:
 
 def counted(number: int) -> str:
     return f"{number} seed{'s' if number > 1 else ''}"
-
-
-def excludes_zero(bounds: tuple[float, float]) -> bool:
-    return bounds[0] > 0 or bounds[1] < 0

@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from _common import markdown
+from _intervals import of_difference, of_fewer, of_mean
 from _study_results import (
     BOX_LOSS,
     LIBRA,
@@ -18,13 +19,11 @@ from _study_results import (
     compared,
     counted,
     differences,
-    excludes_zero,
     label,
     ordered,
     title,
     values,
 )
-from balanced_learning.training.reproduction.spreads import FEWEST, interval, mean, spread
 from balanced_learning.training.tide import KINDS
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -33,35 +32,6 @@ OTHER_LOSSES = (PLAIN, PAPERS_PLAIN, "smooth_l1_w1.5", "smooth_l1_w2", "l1")
 SHARES = {words: Fraction(words) for words in ("1/4", "1/3", "1/2", "2/3", "3/4", "1")}  # of the epochs
 NOTHING = "No run is finished yet."
 CURVES, DIFFERENCES = "images/study_curves.svg", "images/study_differences.svg"  # beside the page
-
-
-def of_mean(numbers: Sequence[float]) -> str:
-    """Mean and sample standard deviation."""
-    deviation = spread(numbers)
-    return "-" if not numbers else f"{mean(numbers):.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
-
-
-def of_difference(pairs: Sequence[float]) -> str:
-    """Mean and interval, bold where the interval excludes zero, and the mean is not rounded to it."""
-    middle, bounds = mean(pairs), interval(pairs)
-    if middle is None:
-        return "-"
-    if bounds is None:
-        return _signed(middle)
-    text = f"{_signed(middle)} [{_signed(bounds[0])}, {_signed(bounds[1])}]"
-    return f"**{text}**" if excludes_zero(bounds) and round(middle, 1) else text
-
-
-def of_fewer(pairs: Sequence[float]) -> str:
-    """The least and the largest mean of what is left when one pair is left out."""
-    if len(pairs) < FEWEST:
-        return "-"
-    means = [(sum(pairs) - pair) / (len(pairs) - 1) for pair in pairs]
-    return f"{_signed(min(means))} to {_signed(max(means))}"
-
-
-def _signed(value: float) -> str:
-    return f"{round(value, 1) + 0.0:+.1f}"  # + 0.0, or there would be -0.0
 
 
 def table(results: Results) -> str:
@@ -150,7 +120,7 @@ def _convergence(results: Results) -> str:
     """Mean AP after shares of the epochs."""
     rows = []
     for name, situation in results.items():
-        for row in (PLAIN, LIBRA):
+        for row in (PLAIN, PAPERS_PLAIN, LIBRA):
             seeds = situation["rows"].get(row, {}).get("seeds", {}).values()
             if seeds:
                 aps = {f"AP at {words}": [_ap_at(run, share) for run in seeds] for words, share in SHARES.items()}

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from _common import markdown
+from _intervals import of_difference
 from _study_results import BOX_LOSS, PAPERS_PLAIN, PLAIN, Results, counted, differences, title
-from _study_tables import of_difference
 from balanced_learning.training.imbalance.advice import verdict_of
 from balanced_learning.training.reproduction.spreads import interval, mean
 

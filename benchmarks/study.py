@@ -17,9 +17,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from _common import RESULTS, without_files
 from _study_pictures import draw
+from _study_results import SIZES
 from _study_tables import COSTS, METRICS, blocks, table
+from balanced_learning.training.data import coco_json
+from balanced_learning.training.data.report import AREA_EDGES
 from balanced_learning.training.endings import ends_in_one_line
 from balanced_learning.training.errors import UserError
 from balanced_learning.training.files import write_text
@@ -103,6 +108,7 @@ def gather(folder: Path) -> dict[str, Any]:
     return {
         "data": Path(study["data"]).name,
         "images": study["images"],
+        "boxes": boxes_by_size(Path(study["data"])),
         "options": [without_folder(word) for word in study["options"]],
         "is_whole": len(rows) == len(study["rows"]),
         "settings": shared_settings(runs, made),
@@ -111,6 +117,16 @@ def gather(folder: Path) -> dict[str, Any]:
         "commits": [study["commit"]],
         "rows": rows,
     }
+
+
+def boxes_by_size(data: Path) -> dict[str, int]:
+    """The boxes to evaluate on by their size, as COCO's metrics have it; empty if the data are elsewhere."""
+    file = data / "annotations" / "instances_val2017.json"
+    if not file.exists():
+        return {}
+    columns, _ = coco_json.read_json(file)
+    sizes = np.searchsorted(AREA_EDGES, columns.areas[~columns.crowds], side="right")
+    return dict(zip(SIZES.values(), np.bincount(sizes, minlength=3).tolist(), strict=True))
 
 
 def joined(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +139,8 @@ def joined(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]
         seeds = old["seeds"] | new["seeds"]
         rows[name] = old | new | {"seeds": {seed: seeds[seed] for seed in sorted(seeds, key=int)}}
     lists = {name: distinct([*before[name], *now[name]]) for name in ("versions", "devices", "commits")}
-    return now | lists | {"is_whole": before["is_whole"] or now["is_whole"], "rows": rows}
+    kept = {"boxes": now["boxes"] or before["boxes"]}
+    return now | lists | kept | {"is_whole": before["is_whole"] or now["is_whole"], "rows": rows}
 
 
 def _finished(folder: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from statistics import fmean
 import torch
 
 from _common import RESULTS, environment, markdown, write
-from _study_tables import of_difference
+from _intervals import of_difference
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {"Libra": [], "plain": ["--no-sampler", "--no-pyramid", "--no-box-loss"]}

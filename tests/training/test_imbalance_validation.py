@@ -75,6 +75,7 @@ def studied(*gains):
     """The study's situation in which the parts have these gains, one a seed."""
     rows = {"plain": [10.0] * 2} | {part: [10.0 + gain for gain in of] for part, of in zip(PARTS, gains, strict=True)}
     return {
+        "boxes": {},
         "rows": {row: {"seeds": {f"{i}": {"AP": ap} for i, ap in enumerate(aps)}} for row, aps in rows.items()},
     }
 

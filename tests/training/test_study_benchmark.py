@@ -144,6 +144,36 @@ def test_ap_is_that_of_the_very_share_of_the_epochs(tables, root):
     assert line[2:] == ["-", "-", "-", "20.0", "-", "40.0"]
 
 
+def test_a_metric_of_few_boxes_is_none(tables, root):
+    """Of 29 boxes of middle size, and 30 that are just large; crowds do not count."""
+    folder = make_folder(root / "bccd_scratch", {"plain": {0: 0.4}, "libra": {0: 0.5}})
+    write_boxes(root / "bccd", areas=[40.0**2] * 29 + [96.0**2] * 30, crowds=5)
+    table = json.loads((folder / "table_study.json").read_text()) | {"data": f"{root / 'bccd'}"}
+    (folder / "table_study.json").write_text(json.dumps(table))
+    tables.update([folder], root / "study.json", root)
+    boxes = json.loads((root / "study.json").read_text())["bccd_scratch"]["boxes"]
+    assert boxes == {"small": 0, "medium": 29, "large": 30}
+    page = (root / "docs" / "study.md").read_text()
+    assert cells(page, "plain (`plain`)")[4:] == ["40.0", "-", "-", "40.0"]
+    assert cells(page, "Libra", "`plain`")[3:] == ["+10.0", "+10.0", "+10.0", "-", "-", "+10.0", "-"]
+    make_folder(root / "other" / "bccd_scratch", {"plain": {1: 0.4}})
+    tables.update([root / "other" / "bccd_scratch"], root / "study.json", root)  # made where the data are no longer
+    assert json.loads((root / "study.json").read_text())["bccd_scratch"]["boxes"] == boxes
+
+
+def write_boxes(data: Path, areas: list[float], crowds: int) -> None:
+    """COCO's JSON of one image with boxes of these areas, and crowds of middle size."""
+    boxes = [{"area": area, "iscrowd": 0} for area in areas] + [{"area": 40.0**2, "iscrowd": 1}] * crowds
+    common = {"image_id": 1, "category_id": 1, "bbox": [0.0, 0.0, 40.0, 40.0]}
+    content = {
+        "images": [{"id": 1, "file_name": "1.jpg", "width": 640, "height": 480}],
+        "categories": [{"id": 1, "name": "cell"}],
+        "annotations": [{"id": number, **common, **box} for number, box in enumerate(boxes)],
+    }
+    (data / "annotations").mkdir(parents=True)
+    (data / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+
+
 def test_a_later_call_replaces_its_situations_alone(study, root):
     file = root / "study.json"
     first = make_folder(root / "one" / "bccd_scratch", {"plain": {0: 0.4}})
