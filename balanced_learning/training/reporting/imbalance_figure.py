@@ -97,7 +97,7 @@ def _draw_matrix(
 def _draw_objective(column: Any, measured: Measurements) -> None:
     gradient, precision, errors = column.subplots(3, 1, height_ratios=[2, 1, 2.4])
     level, metrics = measured.objective, measured.evaluation.metrics
-    one = "an inlier's, of an outlier's"
+    one = "an inlier's gradient / an outlier's"
     shares = {
         "of the coordinates": level.inliers,
         "of smooth L1's gradient": level.of_total,
