@@ -1,4 +1,4 @@
-"""Measures the three imbalances that Libra R-CNN is about, of your detector on your data, and says which part can help.
+"""Measures the three imbalances that Libra R-CNN is about, of your detector on your data, and suggests what to try.
 
     python examples/imbalance_report.py                                             # drawn shapes, minutes on a CPU
     python examples/imbalance_report.py --data-path coco --resume runs/.../checkpoint.pth
@@ -12,7 +12,8 @@ are off that no flag switches on; a detector whose weights know nothing of the d
 steps first, in memory. Prints a block and a sentence a level, and writes imbalance.json and imbalance.png to the output
 folder.
 
-The verdicts rest on a rule of thumb: see balanced_learning/training/imbalance/advice.py.
+The verdicts rest on a rule of thumb, see balanced_learning/training/imbalance/advice.py, and have not foretold what
+helped in the study of docs/study.md.
 """
 
 import argparse

@@ -255,7 +255,7 @@ class TrainingConfig:
         (8, 11), "epochs after which lr drops", binds=COURSE, type=not_negative, nargs="*"
     )
     lr_gamma: float = setting(0.1, "factor of a drop", binds=COURSE, type=amount)
-    warmup_iters: int = setting(500, "iterations of linear warm-up", binds=COURSE, type=not_negative)
+    warmup_iters: int = setting(500, "iterations of linear warm-up, an epoch at most", binds=COURSE, type=not_negative)
     warmup_factor: float = setting(
         1 / 3, "share of lr that the warm-up starts from", binds=COURSE, type=number(float, 1e-6, 1)
     )
