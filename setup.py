@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +26,7 @@ MODE = os.environ.get("BALANCED_LEARNING_BUILD", "auto")
 CXXFLAGS, LDFLAGS = (shlex.split(os.environ.get(name, "")) for name in ("CXXFLAGS", "LDFLAGS"))
 CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
 NVCC = f"{CUDA_HOME}/bin/nvcc" if CUDA_HOME else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
+ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
 TORCH = Path((find_spec("torch") or find_spec("os")).origin).parent
 
 # The stable ABI of torch 2.11: built with one later torch, the kernels run with any.
@@ -57,10 +57,20 @@ def missing(kind: str) -> str | None:
     return None
 
 
+@cache
+def architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST or, as far as this nvcc knows them, our own, with PTX of the last for GPUs to come."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return os.environ["TORCH_CUDA_ARCH_LIST"]
+    listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    known = [each for each in ARCHITECTURES if f"compute_{each.replace('.', '')}" in listed]
+    return ";".join(known or ARCHITECTURES) + "+PTX"
+
+
 def machine_code() -> list[str]:
-    """The options of nvcc for the architectures of TORCH_CUDA_ARCH_LIST: machine code of each, and PTX after +PTX."""
+    """The options of nvcc for these architectures: machine code of each, and PTX after +PTX."""
     options = []
-    for architecture in ARCHITECTURES.replace(";", " ").split():
+    for architecture in architectures().replace(";", " ").split():
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", architecture)
         if match is None:
             sys.exit(f"TORCH_CUDA_ARCH_LIST must hold numbers such as 9.0, 9.0a or 9.0+PTX, got {architecture}")
@@ -118,7 +128,7 @@ class BuildKernels(build_ext):
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         # One file a command, since ccache keeps no others.
         objects = {source: f"{self.build_temp}/{Path(source).stem}.o" for source in ext.sources}
-        report(f"compiling the {kind} kernels", f"for {ARCHITECTURES}: this takes minutes" if kind == "cuda" else "")
+        report(f"compiling the {kind} kernels", f"for {architectures()}: this takes minutes" if kind == "cuda" else "")
         compiles = {source: [*compiler(kind), "-c", source, "-o", object] for source, object in objects.items()}
         libraries = [f"-L{TORCH}/lib", *LIBRARIES[kind]]
         link = [*compiler(kind), "-shared", *linker_flags(kind), *objects.values(), "-o", str(output), *libraries]

@@ -76,7 +76,7 @@ def backend_info() -> dict[str, str]:
     Returns:
         dict: ``balanced_learning``, ``torch``, ``python``: versions; ``cuda``: the CUDA version torch was built for;
         ``gpu``: the devices torch sees; ``driver``: the CUDA version of their driver; ``files``: the kernels that were
-        loaded; ``kernels``: the implementation that computes the loss and draws the samples on each device, and why.
+        loaded; ``kernels``: the implementation of loss and sampler on each kind of device, and why.
 
     Example:
         >>> backend_info()["torch"] == torch.__version__
@@ -87,8 +87,12 @@ def backend_info() -> dict[str, str]:
     except metadata.PackageNotFoundError:
         version = "unknown: used without being installed"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    # Of GPUs of one name one is asked, the current one if it can be: asking takes some of its memory.
+    asked = {name: gpus.index(name) for name in gpus}
+    if gpus:
+        asked[torch.cuda.get_device_name()] = torch.cuda.current_device()
     used = [f"CPU: {_implementation(_problem(torch.device('cpu')))}"]
-    used += [f"{name}: {_implementation(_problem(torch.device('cuda', i)))}" for i, name in enumerate(gpus)]
+    used += [f"{name}: {_implementation(_problem(torch.device('cuda', i)))}" for name, i in asked.items()]
     if not gpus:
         used.append(f"CUDA: {_implementation(_absence('cuda') or 'the kernels are there, but torch sees no GPU')}")
     files = [str(path) for kind, path in _LIBRARIES.items() if _absence(kind) is None]
@@ -140,10 +144,11 @@ def _problem(device: torch.device) -> str | None:
     if absence or device.type == "cpu":
         return absence
 
-    status = ctypes.CDLL(str(_LIBRARIES["cuda"])).balanced_learning_cuda_status
-    status.restype = ctypes.c_char_p
+    cuda_error = ctypes.CDLL(str(_LIBRARIES["cuda"])).balanced_learning_cuda_error
+    cuda_error.restype = ctypes.c_char_p
     driver, runtime = ctypes.c_int(), ctypes.c_int()
-    error = status(device.index, ctypes.byref(driver), ctypes.byref(runtime))
+    with torch.cuda.device(device):  # which, unlike cudaSetDevice, takes no memory of the device that it returns to
+        error = cuda_error(ctypes.byref(driver), ctypes.byref(runtime))
     if error is None:
         return None
     needed, offered = runtime.value // 1000, driver.value // 1000

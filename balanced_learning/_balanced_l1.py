@@ -36,7 +36,7 @@ def curvature(input: Tensor, target: Tensor, alpha: float, gamma: float, beta: f
     """The derivative of the slope: alpha b / (b |x| + beta) for |x| < beta, then 0."""
     b = math.expm1(gamma / alpha)
     size = (input - target).abs()
-    return torch.where(size < beta, alpha * b / (b * size + beta), 0)
+    return torch.where(size >= beta, 0, alpha * b / (b * size + beta))  # NaN of NaN
 
 
 def _integral(z: Tensor) -> Tensor:

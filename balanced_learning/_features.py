@@ -18,10 +18,11 @@ def levels_of(features: Features) -> list[Tensor]:
 
 def like(features: Features, levels: list[Tensor]) -> Features:
     """The levels in a container like that of the features, with the same keys."""
-    kind: Callable = type(features)
-    if kind is OrderedDict:  # which torch.compile knows by its name alone
-        kind = OrderedDict
-    return kind(zip(features, levels, strict=True) if isinstance(features, Mapping) else levels)
+    if isinstance(features, Mapping):
+        # By its name, as torch.compile knows it; other mappings take more than their items.
+        kind: Callable = OrderedDict if isinstance(features, OrderedDict) else dict
+        return kind(zip(features, levels, strict=True))
+    return getattr(type(features), "_make", type(features))(levels)  # named tuples take no list
 
 
 class Neck(nn.Module):

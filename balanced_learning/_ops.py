@@ -135,19 +135,33 @@ def _plain_backward(
 
 
 def _fused(*args: Any) -> Tensor:
-    return _call(_forward_op, *args)
+    return _call(_forward_op, _plain, *args)
 
 
 def _fused_backward(*args: Any) -> Tensor:
-    return _call(_backward_op, *args)
+    return _call(_backward_op, _plain_backward, *args)
 
 
-def _call(op: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Calls the op; where nothing is differentiated, past the Python that would only find that out."""
+def _call(op: Callable[..., Tensor], plain: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Calls the op; where nothing is differentiated, past the Python that would only find that out.
+
+    Where there are tangents, of which the op knows nothing, it calls the plain function.
+    """
+    if _torch_private.is_forward_mode_active() and _is_taken_apart(args[:-4]):
+        return plain(*_widened(args[:-4]), *args[-4:]).to(args[0].dtype)
     if torch.is_grad_enabled():
         return op(*args)
     with _torch_private.below_autograd():
         return op(*args)
+
+
+def _widened(tensors: Sequence[Any]) -> list[Any]:
+    """Half types as float32, in which everything is computed; a weight may be None."""
+    return [None if tensor is None else tensor.to(_wide(tensor.dtype)) for tensor in tensors]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -166,8 +180,9 @@ def _derivative(loss: Callable[..., Tensor], loss_backward: Callable[..., Tensor
         if needs_input or needs_target:
             grad_input = loss_backward(grad, input, target, weight, *function, reduction)
         if needs_weight:
-            losses = loss(input, target, None, *function, _NONE)
-            grad_weight = losses * _share(grad, reduction, losses.numel())
+            of, *wide = _widened((grad, input, target))
+            losses = loss(*wide, None, *function, _NONE)
+            grad_weight = (losses * _share(of, reduction, losses.numel())).to(input.dtype)
         return grad_input, _negative(grad_input, needs_target), grad_weight, None, None, None, None
 
     return backward
@@ -175,20 +190,19 @@ def _derivative(loss: Callable[..., Tensor], loss_backward: Callable[..., Tensor
 
 def _double_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiates the backward op, linear in grad and in weight; in input it has the curvature of the loss."""
-    grad, input, target, weight = ctx.saved_tensors
+    dtype = grad_output.dtype
+    grad_output, grad, input, target, weight = _widened((grad_output, *ctx.saved_tensors))
     *function, reduction = ctx.parameters
     needs_grad, needs_input, needs_target, needs_weight, *_ = ctx.needs_input_grad
     grad_grad = grad_input = grad_weight = None
     if needs_grad:
-        grad_grad = _reduce(_fused_backward(grad_output, input, target, weight, *function, _NONE), reduction)
+        grad_grad = _reduce(_fused_backward(grad_output, input, target, weight, *function, _NONE), reduction).to(dtype)
     share = _share(grad, reduction, input.numel())
     if needs_input or needs_target:
-        dtype = torch.promote_types(input.dtype, torch.float32)
-        curvatures = _balanced_l1.curvature(input.to(dtype), target.to(dtype), *function).to(input.dtype)
-        grad_input = grad_output * share * curvatures
-        grad_input = grad_input if weight is None else grad_input * weight
+        grad_input = grad_output * share * _balanced_l1.curvature(input, target, *function)
+        grad_input = (grad_input if weight is None else grad_input * weight).to(dtype)
     if needs_weight:
-        grad_weight = _fused_backward(grad_output, input, target, None, *function, _NONE) * share
+        grad_weight = (_fused_backward(grad_output, input, target, None, *function, _NONE) * share).to(dtype)
     return grad_grad, grad_input, _negative(grad_input, needs_target), grad_weight, None, None, None, None
 
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from . import _ops
 
-# Beyond these, b = exp(gamma / alpha) - 1 or b / beta comes near the largest float32; the paper's ratios are 2 to 5.
-_MAX_GAMMA_OVER_ALPHA, _MAX_B_OVER_BETA = 80.0, 1e38
+# Beyond these, b = exp(gamma / alpha) - 1 or another factor nears the largest float32. The paper has ratios of 2 to 5.
+_MAX_GAMMA_OVER_ALPHA, _MAX_FACTOR = 80.0, 1e38
 
 
 def balanced_l1_loss(
@@ -60,9 +60,9 @@ def balanced_l1_loss(
     Raises:
         TypeError: if ``input``, ``target`` or ``weight`` is not a tensor, or ``input`` or ``target`` not of a
             floating-point type.
-        ValueError: if alpha, gamma or beta is not finite and > 0, if gamma / alpha is above 80 or b / beta above 1e38
-            (there float32 would overflow), if ``reduction`` is unknown, if the shapes do not broadcast or the devices
-            differ.
+        ValueError: if alpha, gamma or beta is not finite and > 0, if gamma / alpha is above 80, or one of alpha, gamma,
+            beta, b / beta and alpha beta / b above 1e38 (there float32 would overflow), if ``reduction`` is unknown,
+            if the shapes do not broadcast or the devices differ.
 
     Reference:
         Jiangmiao Pang, Kai Chen, Jianping Shi, Huajun Feng, Wanli Ouyang, Dahua Lin:
@@ -78,7 +78,7 @@ def balanced_l1_loss(
     _check_tensors(input, target, weight)
 
     dtype = torch.promote_types(input.dtype, target.dtype)
-    if dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
+    if dtype.itemsize == 2 and not input.is_meta and torch.is_autocast_enabled(input.device.type):
         dtype = torch.float32
     compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -127,13 +127,21 @@ def _check_parameters(alpha: float, gamma: float, beta: float, reduction: str) -
     for name, value in (("alpha", alpha), ("gamma", gamma), ("beta", beta)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be finite and > 0, got {value}")
-    if gamma / alpha > _MAX_GAMMA_OVER_ALPHA or math.expm1(gamma / alpha) / beta > _MAX_B_OVER_BETA:
+    if not _fits_float32(alpha, gamma, beta):
         raise ValueError(
-            f"gamma / alpha must be at most {_MAX_GAMMA_OVER_ALPHA:g}, and b / beta, with b = exp(gamma / alpha) - 1, "
-            f"at most {_MAX_B_OVER_BETA:g}; got gamma={gamma}, alpha={alpha}, beta={beta}"
+            f"gamma / alpha must be at most {_MAX_GAMMA_OVER_ALPHA:g}, and alpha, gamma, beta, b / beta and "
+            f"alpha beta / b, with b = exp(gamma / alpha) - 1, at most {_MAX_FACTOR:g}; "
+            f"got gamma={gamma}, alpha={alpha}, beta={beta}"
         )
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+
+
+def _fits_float32(alpha: float, gamma: float, beta: float) -> bool:
+    if gamma / alpha > _MAX_GAMMA_OVER_ALPHA:
+        return False
+    b = math.expm1(gamma / alpha)
+    return max(alpha, gamma, beta, b / beta) <= _MAX_FACTOR and alpha * beta <= _MAX_FACTOR * b
 
 
 def _check_tensors(input: Tensor, target: Tensor, weight: Tensor | None) -> None:

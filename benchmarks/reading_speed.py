@@ -3,9 +3,9 @@
     python benchmarks/reading_speed.py --folder big-disk     # draws 5 GB of JSON there, once, and keeps it
 
 Writes benchmarks/results/reading_speed.json with seconds and memory, device, versions and commit, and prints the
-table of docs/guides/own_data.md. Annotations are drawn, as many as the real ones and as long; the images are links to a few files.
-Every figure is that of a process of its own, beyond what its imports took. Memory is what stays resident when all is
-read, without mapped files, of which the system takes back what it needs.
+table of docs/guides/own_data.md. Annotations are drawn, as many as the real ones and as long; the images are links to a
+few files. Every figure is that of a process of its own, beyond what its imports took. Memory is what stays resident
+when all is read, without mapped files, of which the system takes back what it needs.
 """
 
 import json

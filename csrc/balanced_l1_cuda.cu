@@ -20,10 +20,11 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(Operands<T> in, Loss<T> 
   });
 }
 
-// Sums the losses: a single block into out, several into sums, which total_kernel then sums. Without atomics, so that a
-// sum always has the same bits.
+// Sums the losses: a single block into out, several into sums, which total_kernel then sums; out is factor times the sum.
+// Without atomics, so that a sum always has the same bits.
 template <class T, int size, bool weighted>
-__global__ void __launch_bounds__(kThreads) sum_kernel(Operands<T> in, Loss<T> function, compute_t<T>* sums, T* out) {
+__global__ void __launch_bounds__(kThreads)
+    sum_kernel(Operands<T> in, Loss<T> function, compute_t<T> factor, compute_t<T>* sums, T* out) {
   compute_t<T> sum = 0;
   for_each_pack<size>(in.numel, [&](int64_t i, auto n) {
     const Elements<T, n.value, weighted> elements(in, i);
@@ -33,17 +34,17 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(Operands<T> in, Loss<T> f
   sum = block_sum(sum);
   if (threadIdx.x != 0) return;
   if (gridDim.x == 1)
-    *out = T(sum);
+    *out = T(factor * sum);
   else
     sums[blockIdx.x] = sum;
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) total_kernel(const compute_t<T>* sums, int count, T* out) {
+__global__ void __launch_bounds__(kThreads) total_kernel(const compute_t<T>* sums, int count, compute_t<T> factor, T* out) {
   compute_t<T> total = 0;
   for (int i = threadIdx.x; i < count; i += kThreads) total += sums[i];
   total = block_sum(total);
-  if (threadIdx.x == 0) *out = T(total);
+  if (threadIdx.x == 0) *out = T(factor * total);
 }
 
 // grad is one number, if the losses were reduced, or one for each element.
@@ -64,12 +65,6 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(Operands<T> in, Loss
   });
 }
 
-// A mean is the sum of losses whose alpha and gamma are divided by their number: no kernel has to divide.
-template <class T>
-Loss<T> divided_loss(double alpha, double gamma, double beta, double divisor) {
-  return Loss<T>(alpha / divisor, gamma / divisor, beta);
-}
-
 Tensor balanced_l1(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, double alpha,
                    double gamma, double beta, int64_t reduction) {
   const LaunchScope scope(input);
@@ -79,7 +74,8 @@ Tensor balanced_l1(const Tensor& input, const Tensor& target, const std::optiona
     using T = decltype(type);
     using C = compute_t<T>;
     const Operands<T> in = inputs.operands<T>();
-    const Loss<T> function = divided_loss<T>(alpha, gamma, beta, divisor(reduction, in.numel));
+    const Loss<T> function(alpha, gamma, beta);
+    const C factor = C(1 / divisor(reduction, in.numel));
     T* out = static_cast<T*>(result.mutable_data_ptr());
     if (reduction == kNone) {
       with_packs(in, {out}, [&](auto size, auto weighted, int64_t per_block) {
@@ -90,13 +86,13 @@ Tensor balanced_l1(const Tensor& input, const Tensor& target, const std::optiona
       with_packs(in, {}, [&](auto size, auto weighted, int64_t per_block) {
         const int blocks = blocks_to_sum(in.numel, per_block);
         if (blocks == 1) {
-          sum_kernel<T, size, weighted><<<1, kThreads, 0, scope.stream>>>(in, function, nullptr, out);
+          sum_kernel<T, size, weighted><<<1, kThreads, 0, scope.stream>>>(in, function, factor, nullptr, out);
         } else {
           const ScalarType type_of_sums = std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
           const Tensor memory = torch::stable::new_empty(input, {blocks}, type_of_sums);
           C* sums = static_cast<C*>(memory.mutable_data_ptr());
-          sum_kernel<T, size, weighted><<<blocks, kThreads, 0, scope.stream>>>(in, function, sums, out);
-          total_kernel<T><<<1, kThreads, 0, scope.stream>>>(sums, blocks, out);
+          sum_kernel<T, size, weighted><<<blocks, kThreads, 0, scope.stream>>>(in, function, factor, sums, out);
+          total_kernel<T><<<1, kThreads, 0, scope.stream>>>(sums, blocks, factor, out);
         }
       });
     }
@@ -114,7 +110,8 @@ Tensor balanced_l1_backward(const Tensor& grad, const Tensor& input, const Tenso
   dispatch(input, [&](auto type) {
     using T = decltype(type);
     const Operands<T> in = inputs.operands<T>();
-    const Loss<T> function = divided_loss<T>(alpha, gamma, beta, divisor(reduction, in.numel));
+    // The gradients of a mean have an alpha divided by the number of losses: no kernel has to divide.
+    const Loss<T> function(alpha / divisor(reduction, in.numel), gamma / divisor(reduction, in.numel), beta);
     const T* grads = static_cast<const T*>(contiguous_grad.const_data_ptr());
     T* out = static_cast<T*>(result.mutable_data_ptr());
     const auto launch = [&](auto reduced) {
@@ -133,18 +130,13 @@ Tensor balanced_l1_backward(const Tensor& grad, const Tensor& input, const Tenso
 
 }  // namespace
 
-// Returns the error with which the kernels fail on a device, or null; sets the CUDA versions of the driver and of these
-// kernels.
-extern "C" __attribute__((visibility("default"))) const char* balanced_learning_cuda_status(int device, int* driver,
-                                                                                            int* runtime) {
+// Returns the error with which the kernels fail on the current device, or null; sets the CUDA versions of the driver and
+// of these kernels.
+extern "C" __attribute__((visibility("default"))) const char* balanced_learning_cuda_error(int* driver, int* runtime) {
   cudaDriverGetVersion(driver);
   cudaRuntimeGetVersion(runtime);
-  int current = 0;
   cudaFuncAttributes attributes;
-  cudaGetDevice(&current);
-  cudaError_t error = cudaSetDevice(device);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, total_kernel<float>);
-  cudaSetDevice(current);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, total_kernel<float>);
   cudaGetLastError();  // clears the error, which the caller reports
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -27,9 +27,13 @@ template <class Body>
 }
 template <class Body>
 void vectorized(const Body& body) {
-  if (__builtin_cpu_supports("x86-64-v4"))
+  // Feature by feature: GCC 11 does not know the levels by name.
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (v4)
     run_x86_64_v4(body);
-  else if (__builtin_cpu_supports("x86-64-v3"))
+  else if (v3)
     run_x86_64_v3(body);
   else
     body();

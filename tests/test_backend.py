@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -72,10 +72,10 @@ class Library:
     """Stands for the CUDA library on a machine with a GPU."""
 
     def __init__(self, error: bytes | None, driver: int, runtime: int) -> None:
-        self.balanced_learning_cuda_status = mock.Mock(side_effect=self.status)
+        self.balanced_learning_cuda_error = mock.Mock(side_effect=self.error)
         self.answer = error, driver, runtime
 
-    def status(self, device: int, driver, runtime) -> bytes | None:
+    def error(self, driver, runtime) -> bytes | None:
         error, driver._obj.value, runtime._obj.value = self.answer
         return error
 
@@ -103,14 +103,16 @@ def test_gpu_that_the_kernels_do_not_suit(library: Library, words: str | None, t
         mock.patch.dict(_backend._LIBRARIES, cuda=file),
         mock.patch.object(torch.version, "cuda", "13.0"),
         mock.patch.object(ctypes, "CDLL", return_value=library),
+        mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
     ):
         assert _backend._problem(device) == words
 
 
 def test_a_device_without_kernels_has_the_formula() -> None:
-    meta = torch.zeros(3, device="meta")
-    assert not _backend.has_kernels(meta.device)
-    assert balanced_learning.balanced_l1_loss(meta, meta).shape == ()
+    for dtype in (torch.float32, torch.float16):
+        meta = torch.zeros(3, device="meta", dtype=dtype)
+        assert not _backend.has_kernels(meta.device)
+        assert balanced_learning.balanced_l1_loss(meta, meta).shape == ()
 
 
 def test_the_command_prints_the_report(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def machine(source: Path, monkeypatch) -> Path:
 def calls(machine: Path, program: str) -> tuple[list[list[str]], list[str]]:
     """The arguments of the calls of a program that compile, and those of the one that links."""
     lines = [line.split("\t") for line in (machine.parent / "calls").read_text().splitlines()]
-    lines = [arguments for name, *arguments in lines if name == program]
+    lines = [arguments for name, *arguments in lines if name == program and arguments != ["--list-gpu-arch"]]
     (link,) = (arguments for arguments in lines if "-c" not in arguments)
     return sorted((arguments for arguments in lines if "-c" in arguments), key=str), link
 
@@ -207,6 +207,15 @@ def test_architectures(source: Path, machine: Path, architectures: str, expected
     for call in calls(machine, "nvcc")[0]:
         targets = [word.removeprefix("-gencode=arch=compute_") for word in call if word.startswith("-gencode")]
         assert targets == [target.replace(",", ",code=") for target in expected]
+
+
+def test_an_older_nvcc_is_asked_for_what_it_knows(source: Path, machine: Path) -> None:
+    listed = 'if [ "$1" = --list-gpu-arch ]; then printf "compute_%s\\n" 70 75 80 86 89 90; exit; fi\n'
+    write_program(machine / "nvcc", "#!/bin/sh\n" + listed + FAKE_COMPILER)
+    built, _, printed = build(source, "cuda")
+    assert built, printed
+    assert "compiling the cuda kernels for 7.5;8.0;8.6;9.0+PTX: this" in printed
+    assert not any("compute_100" in word for call in calls(machine, "nvcc")[0] for word in call)
 
 
 @pytest.mark.parametrize("mode", ["auto", "cuda"])

@@ -283,13 +283,28 @@ def test_wrong_setting_is_named(argument, value):
         BalancedL1Loss(**{argument: value})
 
 
-@pytest.mark.parametrize("settings", [{"alpha": 0.01}, {"beta": 1e-38}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"alpha": 0.01}, {"beta": 1e-38}, {"beta": 2e38}, {"gamma": 1e39, "alpha": 2e37}, {"alpha": 2e19}),
+        {"gamma": 1e-320, "alpha": 1e10},  # whose ratio is 0
+    ],
+)
 def test_settings_beyond_float32_are_named(settings):
     words = ", ".join(
         f"{name}={value}" for name, value in ({"gamma": 1.5, "alpha": 0.5, "beta": 1.0} | settings).items()
     )
-    with pytest.raises(ValueError, match=f"gamma / alpha must .* b / beta, .* got {words}"):
+    with pytest.raises(ValueError, match=f"gamma / alpha must .* b / beta and .* got {re.escape(words)}"):
         balanced_l1_loss(torch.zeros(1), torch.zeros(1), **settings)
+
+
+@pytest.mark.parametrize("settings", [{"alpha": 1e19}, {"gamma": 40.0}, {"beta": 1e38}, {"beta": 2e-37}])
+def test_settings_at_the_limits_are_computed(settings):
+    x = torch.tensor([0.0, 1e-3, 0.5, 1.0, 2.0])
+    values, gradients = paper(x, **({"alpha": 0.5, "gamma": 1.5, "beta": 1.0} | settings))
+    loss, gradient = errors_of(x, **settings)
+    torch.testing.assert_close(loss.double(), values, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(gradient.double(), gradients, rtol=1e-5, atol=0)
 
 
 FLOAT, INT, META = torch.zeros(3), torch.zeros(3, dtype=torch.int64), torch.zeros(3, device="meta")

@@ -103,6 +103,48 @@ def test_first_and_second_derivatives(device: str, reduction: str, weighted: boo
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
+@with_and_without
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_derivatives_of_a_gradient_in_forward_mode(device: str, reduction: str) -> None:
+    """A gradient is linear in that of the loss: its tangent is the gradient for the tangent."""
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = torch.randn(3, 5, device=device, dtype=dtype).requires_grad_().unbind()
+        loss = balanced_l1_loss(tensors[0], tensors[1], weight=tensors[2], reduction=reduction)
+        tangent = torch.rand_like(loss)
+        expected = torch.autograd.grad(loss, tensors, tangent, retain_graph=True)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(torch.ones_like(loss), tangent)
+            for gradient, its in zip(torch.autograd.grad(loss, tensors, dual), expected, strict=True):
+                torch.testing.assert_close(forward_ad.unpack_dual(gradient).tangent, its)
+
+
+@with_and_without
+def test_derivatives_in_half_precision_are_computed_in_float32(device: str) -> None:
+    """Each loss, 90,000, overflows float16, and a mean of so many has shares that are subnormal there."""
+    many = 100_000
+    input = torch.full((many,), 60_000.0, dtype=torch.float16, device=device, requires_grad=True)
+    weight = torch.ones_like(input, requires_grad=True)
+    balanced_l1_loss(input, torch.zeros_like(input), weight=weight).backward()
+    assert weight.grad.dtype == torch.float16
+    assert weight.grad[0].item() == pytest.approx((1.5 * 60_000 - 0.42141) / many, rel=1e-3)
+    grad_output = torch.ones((), dtype=torch.float16, device=device, requires_grad=True)
+    loss = balanced_l1_loss(input, torch.zeros_like(input))
+    (gradient,) = torch.autograd.grad(loss, input, grad_output, create_graph=True)
+    (second,) = torch.autograd.grad(gradient, grad_output, torch.ones_like(gradient))
+    assert second.dtype == torch.float16
+    assert second.item() == 1.5
+
+
+@with_and_without
+def test_the_second_derivative_of_a_nan_is_nan(device: str) -> None:
+    input = torch.tensor([math.nan, 3.0, 0.5], device=device, requires_grad=True)
+    loss = balanced_l1_loss(input, torch.zeros_like(input), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, input, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), input)
+    assert second.isnan().tolist() == [True, False, False]
+    assert second[1:].tolist() == [0.0, pytest.approx(0.9051, rel=1e-4)]
+
+
 @with_kernels
 @pytest.mark.parametrize("reduction", range(3), ids=REDUCTIONS)
 @pytest.mark.parametrize("dims", [(0, 1), (0, None), (None, 1)])

@@ -1,6 +1,6 @@
 import math
 import re
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -15,6 +15,7 @@ from balanced_learning import BalancedFeaturePyramid
 from tests.reference.mmdet import explicit_pyramid
 
 SIZES = [(50, 84), (25, 42), (13, 21), (7, 11)]  # strides 16 to 128 of 800 x 1344
+Levels = namedtuple("Levels", "p2 p3 p4 p5")
 
 
 def maps(channels: int = 4, sizes: list[tuple[int, int]] = SIZES, **kwargs) -> list[Tensor]:
@@ -94,8 +95,11 @@ def test_compiles_without_a_graph_break(refine):
 
 @pytest.mark.parametrize(
     "container",
-    [list, tuple, *(lambda levels, kind=kind: kind(zip("3210", levels, strict=True)) for kind in (dict, OrderedDict))],
-    ids=["list", "tuple", "dict", "OrderedDict"],
+    [
+        *(list, tuple, lambda levels: Levels(*levels)),
+        *(lambda levels, kind=kind: kind(zip("3210", levels, strict=True)) for kind in (dict, OrderedDict)),
+    ],
+    ids=["list", "tuple", "named tuple", "dict", "OrderedDict"],
 )
 def test_container_keys_and_order_are_kept(container):
     bfp, levels = BalancedFeaturePyramid(4, init="xavier"), maps()
@@ -108,6 +112,13 @@ def test_container_keys_and_order_are_kept(container):
         assert all(map(torch.equal, features.values(), before))
         outputs = list(outputs.values())
     assert all(map(torch.equal, outputs, bfp(levels)))
+
+
+def test_a_mapping_of_another_type_becomes_a_dict():
+    bfp, levels = BalancedFeaturePyramid(4), maps()
+    outputs = bfp(defaultdict(list, zip("3210", levels, strict=True)))
+    assert type(outputs) is dict
+    assert list(outputs) == ["3", "2", "1", "0"]
 
 
 def test_by_default_it_starts_as_plain_integration():
