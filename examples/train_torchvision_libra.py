@@ -8,8 +8,9 @@
     python examples/train_torchvision_libra.py --list-recipes           # settings of the paper's tables, for --recipe
     python examples/train_torchvision_libra.py --resume runs/.../checkpoint.pth           # goes on as it began
 
-With --output-dir FOLDER --resume auto the same command starts a run and goes on with it. SIGTERM, SIGINT (Ctrl-C) and
-SIGUSR1 end the step, save, and end the program with exit code 75: the run can go on. A second Ctrl-C ends it at once.
+With --output-dir FOLDER --resume auto the same command starts a run and goes on with it. SIGTERM, SIGINT (Ctrl-C),
+SIGUSR1 and SIGHUP (a terminal that is closed) end the step, save, and end the program with exit code 75: the run can go
+on. A second Ctrl-C ends it at once.
 
 The output folder gets args.json, checkpoint.pth, and after every epoch a row of metrics.jsonl, curves.png and a picture
 of what was found, missed, and taken for an object. checkpoint_best.pth is the checkpoint with the highest AP, or the

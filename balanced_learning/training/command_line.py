@@ -8,6 +8,7 @@ from typing import Any
 from balanced_learning.training import distributed
 from balanced_learning.training.checkpoint import PREVIOUS, Checkpoint
 from balanced_learning.training.config import (
+    ADAMW_LR,
     AUTO,
     PAPER_IMAGES,
     PAPER_LR,
@@ -41,13 +42,14 @@ def read_command_line(given: argparse.Namespace, *, trains: bool = True) -> tupl
         print(list_recipes())
         sys.exit()
     flags = given_settings(given)
-    has_data = "data_path" in flags or flags.get("resume", AUTO) != AUTO or "replay" in flags
-    name = getattr(given, "recipe", None if has_data else "shapes")
+    name = getattr(given, "recipe", None)
     recipe = Recipe.read(name) if name else Recipe({})
     if recipe.note and distributed.announced_rank() == 0:
         warn(f"--recipe {name}: {recipe.note}")
     chosen = recipe.settings | flags
     checkpoint = _find_checkpoint(chosen)
+    if not (name or checkpoint or "data_path" in flags):
+        chosen = Recipe.read("shapes").settings | flags
     trains = trains and not (chosen.get("test_only") or chosen.get("dump_proposals"))
     if checkpoint:
         _check_agreement(chosen, checkpoint, trains)
@@ -96,6 +98,9 @@ def _settled(config: Config, checkpoint: Checkpoint | None) -> Config:
     if are_torchvisions(model.weights) and (model.small or model.backbone != "resnet50"):
         hint = "pass --no-small" if model.small else f"got --backbone {model.backbone}"
         raise UserError(f"--weights {model.weights}: torchvision has COCO weights for resnet50 alone; {hint}")
+    if model.small and model.trainable_backbone_layers is not None:
+        given = model.trainable_backbone_layers
+        raise UserError(f"--trainable-backbone-layers {given}: a --small detector trains all of its own; leave it out")
     if model.small and model.backbone != "resnet50":
         raise UserError(f"--backbone {model.backbone}: a --small detector has its own; pass --no-small")
     if are_torchvisions(model.weights) and model.fpn_channels != ModelConfig.fpn_channels:
@@ -153,13 +158,17 @@ def _settled(config: Config, checkpoint: Checkpoint | None) -> Config:
 
 
 def paper_lr(config: Config) -> float:
-    """The paper's learning rate, scaled linearly with the images of a step of all processes."""
-    return PAPER_LR[config.model.model] * images_per_step(config) / PAPER_IMAGES
+    """The paper's learning rate, or the usual one of AdamW, scaled linearly with a step's images of all processes."""
+    return _published_lr(config) * images_per_step(config) / PAPER_IMAGES
+
+
+def _published_lr(config: Config) -> float:
+    return ADAMW_LR if config.training.opt == "adamw" else PAPER_LR[config.model.model]
 
 
 def lr_note(config: Config) -> str:
     """The learning rate, and where it is from, in words."""
-    lr, paper = config.training.lr, PAPER_LR[config.model.model]
+    lr, paper = config.training.lr, _published_lr(config)
     if lr != paper_lr(config):
         return f"learning rate {lr:g}, as given"
     return (

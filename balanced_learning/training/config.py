@@ -23,6 +23,7 @@ from balanced_learning.training.settings import (
 )
 
 PAPER_IMAGES = 16  # images an iteration, to which the paper's learning rates belong
+ADAMW_LR = 1e-4  # the usual one of detectors for as many images, as of mmdetection's Swin Transformers
 PAPER_LR = {"libra_fasterrcnn": 0.02, "libra_retinanet": 0.01, "libra_fastrcnn": 0.02, "libra_rpn": 0.02}
 
 AUTO = Path("auto")  # of --resume
@@ -239,7 +240,7 @@ class TrainingConfig:
     lr: float = setting(
         None,
         f"learning rate, used as given; by default the paper's for {PAPER_IMAGES} images an iteration (Faster R-CNN "
-        "0.02, RetinaNet 0.01), scaled linearly with the images of all processes",
+        f"0.02, RetinaNet 0.01; with adamw {ADAMW_LR:g}), scaled linearly with the images of all processes",
         binds=COURSE,
         type=amount,
     )

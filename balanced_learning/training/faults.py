@@ -1,6 +1,7 @@
 """Steps whose losses or gradients were not finite: what is told and kept of them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class Fault:
     def describe(self, split: Split) -> str:
         """One line for the user, with the files of the images."""
         files = {image_id: split.file_of(image_id) for image_id in self.image_ids[:_SHOWN_IMAGES]}
-        shown = [f"{image_id} ({printable(file.relative_to(split.image_dir))})" for image_id, file in files.items()]
+        shown = [f"{image_id} ({printable(_short(file, split.image_dir))})" for image_id, file in files.items()]
         more = f" and {len(self.image_ids) - len(shown)} more" if len(self.image_ids) > len(shown) else ""
         where = "over all processes" if self.rank is None else f"on process {self.rank}"
         return (
@@ -57,3 +58,8 @@ class Fault:
         """What a checkpoint needs to repeat the step, in plain values."""
         batch = self.batch.to(torch.device("cpu"))
         return {"cause": self.cause, "rank": self.rank or 0, "images": batch.images, "targets": batch.targets}
+
+
+def _short(file: Path, folder: Path) -> Path:
+    """Without the folder, unless the file lies elsewhere, as an absolute name in the JSON may have it."""
+    return file.relative_to(folder) if file.is_relative_to(folder) else file

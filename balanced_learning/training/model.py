@@ -44,6 +44,9 @@ def make_model(config: Config, labels: Labels, checkpoint: Checkpoint | None) ->
     return model
 
 
+_MOST_SIZES = 4096  # that a backbone is compiled for; torch would go on with the slower code, and so with other bits
+
+
 def prepare(model: Any, config: ModelConfig, device: torch.device) -> Any:
     """Puts a model on the device that it trains on, in the form that the settings ask for.
 
@@ -55,7 +58,9 @@ def prepare(model: Any, config: ModelConfig, device: torch.device) -> Any:
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if config.compile:
-        model.backbone.compile(dynamic=False)  # in place, for each size: with sizes left open, inductor fails on CPUs
+        # In place, and for each size, of which there may be hundreds: with sizes left open, inductor fails on CPUs.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _MOST_SIZES
+        model.backbone.compile(dynamic=False)
     return model
 
 

@@ -22,6 +22,7 @@ from balanced_learning.training.optimization import (
     make_scheduler,
 )
 
+_MOST_KEPT = 3  # checkpoints of steps that were left out
 HINTS = "lower --lr, lengthen --warmup-iters or clip more (--clip-grad-norm). The last checkpoint is untouched"
 
 
@@ -140,8 +141,10 @@ class Run:
         )
 
     def keep(self, fault: Fault) -> str | None:
-        """Writes a checkpoint that ``--replay`` repeats the step from, and returns its path."""
+        """Writes a checkpoint that ``--replay`` repeats the step from, of few epochs, and returns its path."""
         path = self.folder / f"skipped_{fault.epoch:02}.pth"
+        if not path.exists() and len(list(self.folder.glob("skipped_*.pth"))) >= _MOST_KEPT:
+            return None
         now = self._position([self.sums])
         position = replace(now, epoch=fault.epoch, step=fault.step, skipped_steps=now.skipped_steps - 1)
         try:

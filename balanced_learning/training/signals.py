@@ -14,8 +14,9 @@ from balanced_learning.training import distributed
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command is to be tried again
 
 _ONE_INTERRUPT = 0.5  # seconds in which one Ctrl-C may come twice: from the terminal, and passed on by a launcher
-_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # a scheduler's, Ctrl-C, and SLURM's before the time is over
-SIGNALS = {getattr(signal, name) for name in _NAMES if hasattr(signal, name)}  # Windows lacks the last
+# A scheduler's, Ctrl-C, SLURM's before the time is over, and that of a terminal which is closed.
+_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+SIGNALS = {getattr(signal, name) for name in _NAMES if hasattr(signal, name)}  # Windows lacks the last two
 
 
 class Stopped(BaseException):  # not an Exception: those are caught wherever a broken file may raise one
@@ -23,7 +24,7 @@ class Stopped(BaseException):  # not an Exception: those are caught wherever a b
 
 
 class StopSignals:
-    """The handler of SIGTERM, SIGINT and SIGUSR1 inside its ``with`` block.
+    """The handler of SIGTERM, SIGINT, SIGUSR1 and, unless ``nohup`` has it ignored, SIGHUP inside its ``with`` block.
 
     The first one raises :class:`Stopped`; in a block of :meth:`deferred` it is only remembered as ``received``. A
     second SIGINT ends the process at once, whatever it is doing; other signals after the first change nothing.
@@ -43,7 +44,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS if not _is_nohup(number)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,3 +76,7 @@ class StopSignals:
             self.received = signal.Signals(number).name
             if not self._is_deferred:
                 raise Stopped(f"stopped by {self.received}; start it again")
+
+
+def _is_nohup(number: int) -> bool:
+    return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN

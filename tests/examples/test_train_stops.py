@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 import threading
 import time
 
@@ -24,7 +25,7 @@ from tests.training.toy import (
     write_noise,
 )
 
-SIGNALS = ["SIGTERM", "SIGINT", "SIGUSR1"]
+SIGNALS = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"]
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ WHERE = {
 
 @pytest.mark.parametrize("where", WHERE)
 def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(options, whole, tmp_path, capsys, monkeypatch, where):
-    name = SIGNALS[len(where) % 3]
+    name = SIGNALS[len(where) % 4]
     folder = tmp_path / "run"
     capsys.readouterr()
     with monkeypatch.context() as patch:
@@ -122,6 +123,12 @@ def test_handlers_are_as_before_when_the_program_ends():
     with pytest.raises(Stopped, match="stopped by SIGTERM"), StopSignals():
         send("SIGTERM")()
     assert [signal.getsignal(getattr(signal, name)) for name in SIGNALS] == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # by nohup
+    try:
+        with StopSignals():
+            send("SIGHUP")()
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     thread = threading.Thread(target=StopSignals().__enter__)  # where no handler can be set
     thread.start()
     thread.join()
@@ -137,6 +144,19 @@ def interrupt_twice(options):
         print("not here", flush=True)
 
     start(options, at_steps(1, do=interrupt))
+
+
+def test_a_log_that_cannot_be_written_ends_no_run(options, whole, tmp_path):
+    (outcome,) = run_processes(1, tmp_path, write_to_full_disk, [*options, "--output-dir", tmp_path / "run"])
+    assert outcome.code == 0
+    assert_same(rows(tmp_path / "run"), rows(whole))
+
+
+def write_to_full_disk(options):
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open("/dev/full", os.O_WRONLY), stream.fileno())
+    print("begins", flush=False)
+    start(options)
 
 
 def stop_one(options):

@@ -124,6 +124,19 @@ def checkpoint(tmp_path):
     return tmp_path / "checkpoint.pth"
 
 
+def test_adamw_has_a_learning_rate_of_its_own():
+    config = config_of("--data-path", "coco", "--opt", "adamw", "-b", 8)
+    assert config.training.lr == pytest.approx(0.00005)
+    assert lr_note(config).startswith("learning rate 5e-05: 0.0001 for 16 images an iteration, scaled linearly to 8")
+
+
+def test_a_run_that_goes_on_by_itself_needs_no_data_beside_its_folder(checkpoint):
+    flags = ["--resume", "auto", "--output-dir", checkpoint.parent]
+    assert config_of(*flags).model.backbone == "resnet18"
+    checkpoint.unlink()
+    assert config_of(*flags).model.small  # there is nothing yet
+
+
 def test_a_checkpoint_brings_its_settings(checkpoint):
     config = config_of("--resume", checkpoint, "-j", 7)
     assert (config.model.min_size, config.model.backbone, config.training.lr) == (64, "resnet18", 0.03)
@@ -222,6 +235,7 @@ def test_a_program_that_does_not_train_takes_other_settings_of_training(checkpoi
         (["--sync-bn", "--accumulation-steps", 2], "--sync-bn: not with --accumulation-steps"),
         (["--norm", "frozen", "--weights-backbone", "none"], "--norm frozen: a backbone from scratch has none"),
         (["--norm", "frozen_statistics", "--sync-bn"], "--sync-bn: not with --norm frozen_statistics"),
+        (["--small", "--trainable-backbone-layers", 0], "--trainable-backbone-layers 0: a --small detector trains all"),
         (["--dry-run", "--check-data"], "--dry-run: it trains; leave --check-data out"),
         (["--weights", "DEFAULT", "--fpn-channels", 64], "--weights DEFAULT: of 256 channels; leave --fpn-channels 64"),
     ],

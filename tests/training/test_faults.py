@@ -1,5 +1,6 @@
 """Steps whose numbers go wrong: left out on the device, told a step later, and as if they had never been."""
 
+import json
 import math
 import re
 
@@ -105,6 +106,27 @@ def test_a_step_that_goes_wrong_is_as_if_it_had_never_been(options, tmp_path, mo
         assert len(images) == 2
         assert all(image_id == file for image_id, file in images)
         assert f" in {tmp_path}/data/train2017" in text
+
+
+def test_images_that_lie_elsewhere_are_named_whole(options, tmp_path, capsys):
+    """As the absolute names of exporters have them."""
+    json_file = tmp_path / "data/annotations/instances_train2017.json"
+    content = json.loads(json_file.read_text())
+    (tmp_path / "data/train2017").rename(tmp_path / "elsewhere")
+    (tmp_path / "data/train2017").mkdir()
+    for image in content["images"]:
+        image["file_name"] = f"{tmp_path}/elsewhere/{image['file_name']}"
+    json_file.write_text(json.dumps(content))
+    start(options, at_steps(1, do=spoil_image))
+    assert re.search(rf"images (\d) \({tmp_path}/elsewhere/\1\.png\), ", capsys.readouterr().err)
+    assert rows(tmp_path / "run")[0]["skipped_steps"] == 1
+
+
+def test_steps_of_three_epochs_are_kept(options, tmp_path, capsys):
+    start([*options, "--epochs", 5], at_steps(0, 3, 6, 9, 10, 12, do=spoil_image))
+    assert sorted(file.name for file in (tmp_path / "run").glob("skipped_*")) == [f"skipped_0{n}.pth" for n in range(3)]
+    told = capsys.readouterr().err.splitlines()
+    assert ["--replay" in line for line in told] == [True] * 3 + [False] * 3
 
 
 def test_the_limit_ends_the_run_and_keeps_the_last_checkpoint(options, tmp_path, error, capsys):

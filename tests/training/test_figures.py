@@ -90,8 +90,8 @@ def test_the_picture_of_an_evaluation_has_a_colour_for_each_outcome(dataset, tmp
         "labels": torch.tensor([toothbrush] * 4).float(),
     }
 
-    def colors(index) -> set[tuple[int, int, int]]:
-        monkeypatch.setattr(evaluation_picture, "choose_images", lambda *_: [index])
+    def colors(*indices) -> set[tuple[int, int, int]]:
+        monkeypatch.setattr(evaluation_picture, "choose_images", lambda *_: indices)
         save_evaluation(tmp_path / "evaluation.png", dataset, detections, {toothbrush: "toothbrush"}, 0)
         with Image.open(tmp_path / "evaluation.png") as picture:
             below_legend = picture.crop((0, 80, *picture.size))
@@ -103,6 +103,8 @@ def test_the_picture_of_an_evaluation_has_a_colour_for_each_outcome(dataset, tmp
     detections[18]["labels"][1] = 77  # of a class that the data has not
     assert colors(7) & outcomes == {FOUND, CROWD}
     assert colors(0) & outcomes == set()
+    del detections[18]  # it could not be read, then
+    assert colors(7, 2) & outcomes == {MISSED}
 
 
 def test_an_evaluation_of_odd_shapes_and_names_is_drawn(edit, coco_root, tmp_path):

@@ -53,6 +53,16 @@ def test_anew_takes_no_index(coco_root):
         read_split(coco_root, "train2017", anew=True)
 
 
+def test_anew_finds_files_that_were_moved_and_so_do_later_starts(coco_root):
+    file = coco_root / "annotations" / "instances_train2017.json"
+    file.write_text(file.read_text().replace('"11.png"', '"part/11.png"'))
+    assert read_split(coco_root, "train2017").images[0]["file_name"] == "11.png"  # where it lies
+    (coco_root / "train2017" / "part").mkdir()
+    (coco_root / "train2017" / "11.png").rename(coco_root / "train2017" / "part" / "11.png")
+    for anew in (True, False):
+        assert read_split(coco_root, "train2017", anew=anew).images[0]["file_name"] == "part/11.png"
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "header"])
 def test_a_damaged_index_is_not_taken(coco_root, index_folder, damage, capsys):
     before = content(read_split(coco_root, "train2017"))

@@ -17,6 +17,7 @@ from torch.utils.data import dataloader
 
 from balanced_learning import _torch_private
 from balanced_learning.training.data.batching import DetectionLoader, OneByOne
+from balanced_learning.training.endings import ends_in_one_line
 
 # Iterates over 40 batches that take their time, with two loader processes, whose ids it prints when they all work.
 PROGRAM = """
@@ -250,6 +251,29 @@ def test_a_loader_that_is_stuck_is_killed(killed, monkeypatch):
     batches.close()
     assert multiprocessing.active_children() == []
     assert len(killed) == 1
+
+
+class Killed(Numbers):
+    def __getitems__(self, share):
+        if share.step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitems__(share)
+
+
+def test_a_loader_that_is_killed_is_told_of_in_a_line(monkeypatch):
+    """Whether the program waits for the process at the time, or does something else."""
+    monkeypatch.setattr(dataloader._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+
+    def load(pause):
+        with ends_in_one_line():
+            for _ in DetectionLoader(Killed(), OneByOne(20), 2, torch.device("cpu")):
+                time.sleep(pause)
+
+    for pause in (0, 0.5):
+        with pytest.raises(SystemExit) as caught:
+            load(pause)
+        assert str(caught.value).startswith("error: a process that loads images was killed, most often because memory")
+        assert multiprocessing.active_children() == []
 
 
 class Many(Numbers):

@@ -215,6 +215,9 @@ def test_the_backbone_is_compiled_in_place(monkeypatch):
     run = Run(config, None, prepare(Toy(), config.model, CPU), Precision(None, CPU), 1)
     step_once(run, batch_of(2))
     assert len(graphs) == 1
+    for width in range(40, 52):  # more sizes than torch compiles for by default
+        run.model.backbone(torch.zeros(2, 3, 24, width))
+    assert len(graphs) == 1 + 12
     assert run.model.state_dict().keys() == Toy().state_dict().keys()
     assert run.ema.module.backbone._compiled_call_impl is None
     torch.compiler.reset()

@@ -44,7 +44,9 @@ def test_tensorboard_gets_metrics_and_sampled_ious(coco_root, tmp_path, options)
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    (tmp_path / "events.out.tfevents.1").touch()  # of an earlier process, whose rows are written again
     main(["--data-path", str(coco_root), *SMALL, *options, "--tensorboard", "--output-dir", str(tmp_path)])
+    assert len(list(tmp_path.glob("events.*"))) == 1
     events = EventAccumulator(str(tmp_path)).Reload()
     assert {"loss", "AP", "dAP50/missed", "AP/toothbrush"} <= set(events.Tags()["scalars"])
     has_histogram = "IoU of sampled negatives" in events.Tags()["histograms"]

@@ -56,8 +56,10 @@ def save_index(json_file: Path, image_dir: Path, columns: Columns, categories: d
             }
             text = json.dumps(header | {"checksum": _checksum(header)})
             write_new(unfinished / "header.json", lambda file: file.write(text.encode()))
-            if folder.exists() and not load_index(json_file, image_dir, tell=lambda _: None):
-                shutil.rmtree(folder)  # a damaged one
+            if folder.exists():
+                whole = load_index(json_file, image_dir, tell=lambda _: None)
+                if not whole or _checksums(folder) != header["checksums"]:
+                    shutil.rmtree(folder)  # damaged, or the images lie elsewhere since
         for older in folder.parent.glob(f"{escape(folder.name[:-9])}-????????"):
             if older != folder:
                 shutil.rmtree(older, ignore_errors=True)

@@ -13,12 +13,24 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from balanced_learning import _torch_private
+from balanced_learning.training.errors import UserError
 from balanced_learning.training.signals import SIGNALS
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
+
+
+LOST = (
+    "a process that loads images was killed, most often because memory ran out; fewer --workers need less. "
+    "--resume auto goes on from the last checkpoint"
+)
+
+
+def is_of_lost_process(error: Exception) -> bool:
+    """Whether torch raised it because a loader process died, which it does wherever the program is at the time."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def ignore_signals(worker: int) -> None:
@@ -36,6 +48,9 @@ def loading(start: Callable[[], Iterator[Any]]) -> Generator[Any, None, None]:
 
     Args:
         start: makes the iterator, and with it the processes.
+
+    Raises:
+        UserError: if one of the processes was killed.
     """
     _allow_open_files()
     before = multiprocessing.active_children()
@@ -61,7 +76,12 @@ def loading(start: Callable[[], Iterator[Any]]) -> Generator[Any, None, None]:
                 batches = start()
             finally:
                 processes += [process for process in multiprocessing.active_children() if process not in before]
-        yield from batches
+        try:
+            yield from batches
+        except (RuntimeError, OSError, EOFError):
+            if any(process.exitcode for process in processes):
+                raise UserError(LOST) from None
+            raise
     finally:
         end()
         atexit.unregister(end)

@@ -47,13 +47,16 @@ def save_evaluation(
     Args:
         path: the PNG to write; where it cannot be, or an image cannot be read, a warning says so.
         dataset: the images evaluated, without augmentation. Those with boxes go first.
-        detections: by image id, ``boxes``, ``scores`` and ``labels``, on the CPU. Those of a low score, those of
+        detections: by image id, ``boxes``, ``scores`` and ``labels``, on the CPU; an image that could not be read has
+            none, and is left out. Those of a low score, those of
             labels without a name, and those beyond the best 100 are left out.
         names: of the labels.
         seed: of the choice. The same images are drawn after every epoch.
     """
     try:
-        rows = [_find_outcomes(dataset, index, detections, names) for index in choose_images(dataset, seed)]
+        ids = dataset.split.columns.image_ids[dataset.positions].tolist()
+        read = [index for index in choose_images(dataset, seed) if ids[index] in detections]
+        rows = [_find_outcomes(dataset, index, detections, names) for index in read]
     except UserError as error:
         warn(f"{printable(path)}: not drawn ({error})")
         return

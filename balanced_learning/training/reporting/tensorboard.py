@@ -26,8 +26,10 @@ class TensorBoard:
         except ImportError:
             raise UserError("--tensorboard: the package is missing; pip install tensorboard") from None
         self._open = partial(SummaryWriter, str(run.folder))
-        first = run.history[0]["epoch"] if run.history else run.epoch
-        self.writer: Any = self._open(purge_step=first)  # what earlier processes wrote is written again, or not true
+        for earlier in run.folder.glob("events.out.tfevents.*"):  # what is in them is written again, or not true
+            with suppress(OSError):
+                earlier.unlink()
+        self.writer: Any = self._open()
         self.sampler: ObservedSampler | None = None
         model: Any = run.model
         for stage in (getattr(model, "roi_heads", None), getattr(model, "rpn", None)):
