@@ -110,6 +110,8 @@ def run(given: argparse.Namespace) -> None:
 
 def read_settings(given: argparse.Namespace) -> tuple[Config, Checkpoint | None]:
     """Those that the flags ask for; the plain detector's, where they name neither a checkpoint nor a recipe."""
+    if distributed.announced_world_size() > 1:
+        raise UserError("torchrun: the report is of a single process; call it with python")
     if "replay" in vars(given):
         raise UserError(f"--replay {given.replay}: repeats a step of training; a checkpoint is measured with --resume")
     if not {"resume", "recipe"} & vars(given).keys():

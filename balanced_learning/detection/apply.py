@@ -20,7 +20,6 @@ from .rpn import LibraRPN
 from .stages import has_reduction
 
 Detector = TypeVar("Detector", FasterRCNN, RetinaNet)
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def apply_libra(
@@ -87,40 +86,53 @@ def apply_libra(
         )
     """
     _check(model, sampler, pyramid, box_loss, rpn, path_aggregation)
-    add_necks(model, path_aggregation, pyramid)
+    stages: list[tuple[Any, type[nn.Module], dict[str, Any]]] = []
     if isinstance(model, RetinaNet):
         if box_loss is not False:
-            head = _as(LibraRetinaNetRegressionHead, model.head.regression_head)
-            head.box_loss = _paper_loss(beta=0.11) if box_loss is True else box_loss
+            loss = _paper_loss(beta=0.11) if box_loss is True else box_loss
+            stages.append((model.head.regression_head, LibraRetinaNetRegressionHead, {"box_loss": loss}))
     else:
         if rpn:
-            _balance_stage(_as(LibraRPN, model.rpn), sampler is not False, box_loss is not False, beta=1 / 9)
+            parts = _parts(model.rpn, sampler is not False, box_loss is not False, beta=1 / 9)
+            stages.append((model.rpn, LibraRPN, parts))
         if sampler is not False or box_loss is not False:
-            _balance_stage(_as(LibraRoIHeads, model.roi_heads), sampler, box_loss, beta=1.0)
+            stages.append((model.roi_heads, LibraRoIHeads, _parts(model.roi_heads, sampler, box_loss, beta=1.0)))
+    for stage, cls, _ in stages:
+        _check_methods(stage, cls)
+
+    add_necks(model, path_aggregation, pyramid)
+    for stage, cls, parts in stages:
+        stage.__class__ = cls  # with its weights, settings and hooks
+        for name, part in parts.items():
+            setattr(stage, name, part)
     return model
 
 
-def _as(cls: type[Module], module: Any) -> Module:
-    """The same module, with its weights, settings and hooks, under our subclass of its class."""
-    module.__class__ = cls
-    return module
-
-
-def _balance_stage(
-    stage: LibraRoIHeads | LibraRPN, sampler: bool | Callable, box_loss: bool | nn.Module, beta: float
-) -> None:
+def _parts(stage: Any, sampler: bool | Callable, box_loss: bool | nn.Module, beta: float) -> dict[str, Any]:
+    """The attributes that balance a stage."""
+    parts: dict[str, Any] = {}
     if sampler is True:
-        own = stage.fg_bg_sampler
-        sampler = IoUBalancedSampler(
-            own.batch_size_per_image, own.positive_fraction, max_iou=stage.proposal_matcher.low_threshold
-        )
+        own, matcher = stage.fg_bg_sampler, stage.proposal_matcher
+        for part, name in ((own, "batch_size_per_image"), (own, "positive_fraction"), (matcher, "low_threshold")):
+            if not hasattr(part, name):
+                kind = type(part).__name__
+                raise TypeError(f"sampler must be False or a sampler for a model whose {kind} has no {name}, got True")
+        sampler = IoUBalancedSampler(own.batch_size_per_image, own.positive_fraction, max_iou=matcher.low_threshold)
     if sampler is not False:
-        stage.fg_bg_sampler = sampler
+        parts["fg_bg_sampler"] = sampler
     if box_loss is True:
         box_loss = _paper_loss(beta)
     elif box_loss is False:
         box_loss = nn.SmoothL1Loss(reduction="sum", beta=1 / 9)  # torchvision's, in both stages
-    stage.box_loss = box_loss
+    return parts | {"box_loss": box_loss}
+
+
+def _check_methods(stage: nn.Module, cls: type[nn.Module]) -> None:
+    """Refuses a stage with a method of its own, as the hooks of other libraries are set, before which ours has none."""
+    for name in vars(cls):
+        if name in vars(stage):
+            of = f"{name} of {type(stage).__name__}"
+            raise TypeError(f"model must have torchvision's {of}, which was replaced; call apply_libra before")
 
 
 def _paper_loss(beta: float) -> BalancedL1Loss:
@@ -141,7 +153,7 @@ def _check(
             "model must be a FasterRCNN, MaskRCNN, KeypointRCNN or RetinaNet of torchvision.models.detection, "
             f"got {type(model).__name__}"
         )
-    if not (isinstance(sampler, bool) or callable(sampler)):
+    if not (isinstance(sampler, bool) or callable(sampler)) or isinstance(sampler, type):
         raise TypeError(f"sampler must be True, False or an IoUBalancedSampler, got {sampler!r}")
     if not isinstance(pyramid, bool | nn.Module):
         raise TypeError(f"pyramid must be True, False or a BalancedFeaturePyramid, got {pyramid!r}")
@@ -165,7 +177,8 @@ def _check(
             raise ValueError(f"sampler must be True or False for a RetinaNet, which samples nothing, got {sampler!r}")
         if rpn:
             raise ValueError("rpn must be False for a RetinaNet, which has no RPN")
-        stages = [(model.head.regression_head, RetinaNetRegressionHead, box_loss is not False)]
+        head = getattr(model.head, "regression_head", None)
+        stages = [(head, RetinaNetRegressionHead, box_loss is not False)]
     else:
         second_stage = sampler is not False or box_loss is not False
         stages = [(model.roi_heads, RoIHeads, second_stage), (model.rpn, RegionProposalNetwork, rpn)]

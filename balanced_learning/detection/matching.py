@@ -135,6 +135,8 @@ def _match_together(
         matched |= (quality == best).any(dim=1)
     unmatched = torch.where(ious < matcher.low_threshold, 0, -1)  # background, ignored
     labels = torch.where(matched, padded_gt_labels.gather(1, matched_idxs), unmatched)
+    if not all(map(len, gt_boxes)):
+        labels.masked_fill_(is_padding.all(dim=1), 0)  # all is background, whatever the thresholds
     padded = (labels, ious, matched_idxs * matched)
     return tuple([row[: len(own)] for row, own in zip(column, boxes, strict=True)] for column in padded)
 

@@ -70,7 +70,7 @@ def add_necks(model: FasterRCNN | RetinaNet, path: bool | nn.Module, pyramid: bo
         return
     backbone = model.backbone
     fpn: Any = getattr(backbone, "fpn", None)
-    is_stock = type(backbone) is BackboneWithFPN and (path is False or type(fpn) is FeaturePyramidNetwork)
+    is_stock = _is_stock(backbone, BackboneWithFPN) and (path is False or _is_stock(fpn, FeaturePyramidNetwork))
     if is_stock:
         backbone.__class__ = LibraBackboneWithFPN
     if path is not False:
@@ -126,8 +126,17 @@ def _matching(model: FasterRCNN | RetinaNet, neck: nn.Module) -> nn.Module:
     return (neck if example is None else neck.to(example)).train(model.backbone.training)
 
 
+def _is_stock(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether it runs the forward of its class, and not one that another library has set on it."""
+    return type(module) is cls and "forward" not in vars(module)
+
+
 def _num_levels(model: FasterRCNN | RetinaNet) -> int:
-    generator = model.anchor_generator if isinstance(model, RetinaNet) else model.rpn.anchor_generator
+    generator = getattr(model if isinstance(model, RetinaNet) else model.rpn, "anchor_generator", None)
+    if generator is None or not hasattr(generator, "sizes"):
+        raise TypeError(
+            f"pyramid must be False for a model whose {type(generator).__name__} has no sizes, which tell the levels"
+        )
     return len(generator.sizes)
 
 

@@ -5,7 +5,8 @@ from types import FunctionType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_loss, maskrcnn_loss
+from torchvision.models.detection import roi_heads as torchvisions
+from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import box_iou
 
 from .matching import Matches, match, take_matched
@@ -17,6 +18,8 @@ Targets = list[dict[str, Tensor]]
 class LibraRoIHeads(BalancedStage, RoIHeads):
     """:class:`torchvision.models.detection.roi_heads.RoIHeads` that trains balanced; inference is torchvision's own.
 
+    It does not call torchvision's ``fastrcnn_loss``: what a program puts in its place has no effect.
+
     Attributes:
         fg_bg_sampler: called with :class:`~balanced_learning.detection.matching.Matches`, as torchvision calls it with
             labels. Any sampler of torchvision's protocol can be assigned, an
@@ -26,7 +29,10 @@ class LibraRoIHeads(BalancedStage, RoIHeads):
     """
 
     # For TorchScript, which has no super() and compiles a method under the name of its function.
-    infer = FunctionType(RoIHeads.forward.__code__, RoIHeads.forward.__globals__, "infer")
+    infer = FunctionType(
+        *(RoIHeads.forward.__code__, RoIHeads.forward.__globals__, "infer"),
+        closure=RoIHeads.forward.__closure__,  # of another library that wraps it
+    )
     infer.__annotations__ = RoIHeads.forward.__annotations__
 
     def forward(
@@ -61,10 +67,11 @@ class LibraRoIHeads(BalancedStage, RoIHeads):
         if self.has_mask():
             logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)))
             masks, gt_labels = zip(*((t["masks"], t["labels"]) for t in targets or []), strict=True)
-            losses["loss_mask"] = maskrcnn_loss(logits, boxes, masks, gt_labels, idxs)
+            losses["loss_mask"] = torchvisions.maskrcnn_loss(logits, boxes, masks, gt_labels, idxs)
         if self.has_keypoint():
             logits = self.keypoint_predictor(self.keypoint_head(self.keypoint_roi_pool(features, boxes, image_shapes)))
-            losses["loss_keypoint"] = keypointrcnn_loss(logits, boxes, [t["keypoints"] for t in targets or []], idxs)
+            keypoints = [t["keypoints"] for t in targets or []]
+            losses["loss_keypoint"] = torchvisions.keypointrcnn_loss(logits, boxes, keypoints, idxs)
         return losses
 
     @torch.jit.unused
@@ -119,11 +126,11 @@ class LibraRoIHeads(BalancedStage, RoIHeads):
 
         ``class_logits [S, classes]``, ``box_regression [S, 4 classes]``, ``labels [S]``, ``regression_targets [S, 4]``.
         """
-        if labels.numel() == 0:  # neither ground truth nor proposals: nothing to average over
-            return {"loss_classifier": class_logits.sum(), "loss_box_reg": box_regression.sum()}
+        # There is nothing to average over where there are neither ground truths nor proposals.
+        count, reduction = max(1, labels.numel()), "mean" if labels.numel() else "sum"
         positive = torch.where(labels > 0)[0]
         deltas = box_regression.unflatten(1, (-1, 4))[positive, labels[positive]]  # [P, 4]
         return {
-            "loss_classifier": F.cross_entropy(class_logits, labels),
-            "loss_box_reg": summed_loss(self.box_loss, deltas, regression_targets[positive]) / labels.numel(),
+            "loss_classifier": F.cross_entropy(class_logits, labels, reduction=reduction),
+            "loss_box_reg": summed_loss(self.box_loss, deltas, regression_targets[positive]) / count,
         }

@@ -65,9 +65,11 @@ class LibraRPN(BalancedStage, RegionProposalNetwork):
         """As torchvision's, with ``box_loss``."""
         positive, negative = (torch.where(torch.cat(masks))[0] for masks in self.fg_bg_sampler(labels))
         sampled = torch.cat([positive, negative])
-        if sampled.numel() == 0:  # all anchors are beyond the border: nothing to average over
-            return objectness.flatten()[sampled].sum(), pred_bbox_deltas[sampled].sum()
+        # There is nothing to average over where all anchors are beyond the border.
+        count, reduction = max(1, sampled.numel()), "mean" if sampled.numel() else "sum"
         box_loss = summed_loss(self.box_loss, pred_bbox_deltas[positive], torch.cat(regression_targets)[positive])
         is_object = torch.cat(labels)[sampled]
-        objectness_loss = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], is_object)
-        return objectness_loss, box_loss / sampled.numel()
+        objectness_loss = F.binary_cross_entropy_with_logits(
+            objectness.flatten()[sampled], is_object, reduction=reduction
+        )
+        return objectness_loss, box_loss / count

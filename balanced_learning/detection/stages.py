@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..samplers import IoUBalancedSampler
@@ -104,6 +105,6 @@ def has_reduction(box_loss: object) -> bool:
 def summed_loss(box_loss: nn.Module, input: Tensor, target: Tensor) -> Tensor:
     """The sum of a loss over all elements: what it is divided by is the model's affair, not the loss's."""
     if input.numel() == 0:
-        return input.sum()
+        return F.smooth_l1_loss(input, target, reduction="sum")  # 0 of the type that losses have under autocast
     loss = box_loss(input, target)
     return loss * input.numel() if box_loss.reduction == "mean" else loss.sum()

@@ -167,12 +167,13 @@ def test_a_batch_without_any_box_trains(stock_and_balanced, empty_targets, train
     assert {loss.item() for name, loss in losses.items() if "box_reg" in name or "bbox_regression" in name} == {0}
 
 
-def test_trains_under_autocast(basic_kind, build, targets, train_step):
+def test_trains_under_autocast(basic_kind, build, targets, empty_targets, train_step):
     model = apply_libra(build(basic_kind), rpn=basic_kind == "fasterrcnn")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses, gradients = train_step(model, targets)
-    assert all(loss.dtype == torch.float32 for loss in losses.values())
-    assert all(tensor.isfinite().all() for tensor in (*losses.values(), *gradients.values()))
+    for given in (targets, empty_targets):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses, gradients = train_step(model, given)
+        assert all(loss.dtype == torch.float32 for loss in losses.values())
+        assert all(tensor.isfinite().all() for tensor in (*losses.values(), *gradients.values()))
 
 
 def test_detections_have_the_format_of_torchvision(stock_and_balanced, detect):
@@ -216,9 +217,65 @@ def test_a_stage_of_another_class_is_refused_and_nothing_changed(kind, stage, st
     assert layout(model) == before
 
 
+def of_ones_own(*_):
+    return [], []
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "part", "arguments", "message"),
+    [
+        ("fasterrcnn", "roi_heads.fg_bg_sampler", of_ones_own, {}, "sampler .* function has no batch_size_per_image"),
+        ("fasterrcnn", "rpn.fg_bg_sampler", of_ones_own, {"rpn": True}, "sampler .* function has no batch_size"),
+        ("fasterrcnn", "roi_heads.proposal_matcher", of_ones_own, {}, "sampler .* function has no low_threshold"),
+        ("fasterrcnn", "roi_heads.forward", of_ones_own, {}, "model .* forward of RoIHeads, which was replaced"),
+        ("fasterrcnn", "rpn.compute_loss", of_ones_own, {"rpn": True}, "model .* compute_loss of RegionProposalNet"),
+        ("retinanet", "head.regression_head.compute_loss", of_ones_own, {}, "model .* compute_loss of RetinaNetRegr"),
+        ("retinanet", "head", nn.Identity(), {}, "model .* RetinaNetRegressionHead, got NoneType"),
+        ("retinanet", "anchor_generator", nn.Identity(), {}, "pyramid must be False .* Identity has no sizes"),
+        ("fasterrcnn", "rpn", nn.Identity(), {}, "pyramid must be False .* NoneType has no sizes"),
+    ],
+)
+def test_a_part_of_ones_own_that_does_not_fit_is_named_and_nothing_changed(
+    kind, place, part, arguments, message, build
+):
+    model = build(kind)
+    owner, _, name = place.rpartition(".")
+    setattr(model.get_submodule(owner), name, part)
+    before = layout(model)
+    with pytest.raises(TypeError, match=message):
+        apply_libra(model, **arguments)
+    assert layout(model) == before
+
+
+def test_what_is_not_replaced_may_be_of_ones_own(build):
+    model = build("retinanet")
+    model.head = nn.Identity()
+    assert apply_libra(model, box_loss=False).backbone.bfp
+    model = build("fasterrcnn")
+    model.roi_heads.fg_bg_sampler = of_ones_own
+    assert apply_libra(model, sampler=False).roi_heads.fg_bg_sampler is of_ones_own
+
+
+@pytest.mark.parametrize("path", ["backbone", "backbone.fpn"])
+def test_a_forward_that_another_library_has_set_goes_through_the_necks(path, build, targets, train_step):
+    model = build("fasterrcnn")
+    module = model.get_submodule(path)
+    module.forward = lambda *args, own=module.forward: own(*args)
+    apply_libra(model, path_aggregation=True)
+    train_step(model, targets)
+    for neck in (model.backbone.bfp, model.backbone.path_aggregation):
+        assert all(parameter.grad is not None for parameter in neck.parameters())
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments", "error", "message"),
     [
+        (
+            "fasterrcnn",
+            {"sampler": IoUBalancedSampler},
+            TypeError,
+            "sampler must be True, False or an IoUBalancedSampl",
+        ),
         ("fasterrcnn", {"sampler": 3}, TypeError, "sampler must be True, False or an IoUBalancedSampler, got 3"),
         (
             "fasterrcnn",

@@ -95,6 +95,22 @@ def test_a_detector_is_afterwards_as_before(build, images, targets, make, kind, 
     assert state(model) == before
 
 
+def test_a_backbone_that_was_compiled_before_is_measured_alike(build, images, targets):
+    results = []
+    for is_compiled in (False, True):
+        model = training_detector(build, "fasterrcnn")
+        if is_compiled:
+            torch.compiler.reset()
+            model.backbone.compile(backend="eager")
+        model(images, targets)
+        meter = LevelMeter(model)
+        torch.manual_seed(2)
+        meter.add(images, targets)
+        results.append(meter.result())
+    assert repr(results[0]) == repr(results[1])
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("make", [sample_meter, LevelMeter, objective_meter])
 def test_the_mode_of_the_detector_does_not_matter(build, images, targets, make):
     results = []

@@ -6,6 +6,7 @@ import torch
 import torchvision.ops
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.detection import roi_heads as torchvisions
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
@@ -116,6 +117,26 @@ def test_roi_heads_match_as_torchvision_and_hand_the_ious_to_the_sampler():
         assert torch.equal(labels, expected[1][i])
         assert torch.equal(ious, best_iou(boxes[i], gt_boxes[i]))
         assert (ious[len(proposals[i]) :] == 1).all()  # the ground truths, which are among the candidates
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_all_is_background_where_there_is_no_ground_truth_whatever_the_thresholds(threshold):
+    proposals, targets = [random_boxes(20), random_boxes(30)], [ground_truth(OBJECT, label=3), ground_truth()]
+    given = proposals, *([target[key] for target in targets] for key in ("boxes", "labels"))
+    found = []
+    for cls in (RoIHeads, LibraRoIHeads):
+        stage = roi_heads(cls)
+        stage.proposal_matcher.high_threshold = stage.proposal_matcher.low_threshold = threshold
+        found.append(stage.assign_targets_to_proposals(*given))
+    for theirs, ours in zip(*found, strict=True):
+        assert all(map(torch.equal, theirs, ours))
+    assert not found[1][1][1].any()
+
+
+def test_losses_of_masks_that_another_library_puts_in_place_are_called(build, targets, train_step, monkeypatch):
+    monkeypatch.setattr(torchvisions, "maskrcnn_loss", lambda logits, *_: 0 * logits.sum() + 7)
+    losses, _ = train_step(apply_libra(build("maskrcnn")), targets)
+    assert losses["loss_mask"].item() == 7
 
 
 def test_another_image_costs_few_operations_in_the_second_stage():

@@ -100,6 +100,12 @@ def test_a_flag_or_a_recipe_switches_parts_on(coco_root, tmp_path, undrawn):
         assert content["detector"]["origin"] == "an untrained detector, whose errors say little"
 
 
+def test_several_processes_are_refused(coco_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="error: torchrun: the report is of a single process"):
+        imbalance_report.main(["--data-path", str(coco_root), *SMALL, "--output-dir", str(tmp_path)])
+
+
 def test_nothing_is_compiled_for_so_little(coco_root, tmp_path, monkeypatch, undrawn):
     def fail(*_, **__):
         raise AssertionError("compiled")

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -33,7 +34,9 @@ def watch(backbone: Any) -> Iterator[Seen]:
     if hasattr(backbone, "bfp"):
         hooks.append(backbone.bfp.register_forward_hook(keep))
     try:
-        yield seen
+        # What was compiled before does not know of hooks.
+        with torch.compiler.set_stance("force_eager"):
+            yield seen
     finally:
         for hook in hooks:
             hook.remove()
