@@ -52,7 +52,7 @@ def draw_curves(results: Results) -> Figure:
     for axis, (name, situation) in zip(axes.flat, results.items(), strict=False):
         for row, style in LINES.items():
             _plot_seeds(axis, situation, row, style)
-        axis.set(title=title(name), xlabel="epochs trained", ylabel="AP in %", xlim=(0, None), ylim=(0, None))
+        axis.set(title=title(name), xlabel="epochs trained", ylabel="AP in %", xlim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
         if axis.has_data():

@@ -25,6 +25,7 @@ import torch
 
 from _common import RESULTS, environment, markdown, write
 from _intervals import of_difference
+from balanced_learning.training.reproduction.spreads import interval
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {"Libra": [], "plain": ["--no-sampler", "--no-pyramid", "--no-box-loss"]}
@@ -104,7 +105,8 @@ def table(results: dict) -> str:
                 row[f"{measure} {name}"] = f"{factor * fmean(runs[_run_name(name, seed)][key] for seed in of):.1f}"
         rows.append(row)
     pairs = [100 * (runs[_run_name("Libra", seed)]["AP"] - runs[_run_name("plain", seed)]["AP"]) for seed in seeds]
-    return f"{markdown(rows)}\n\nLibra minus plain, AP, with the 95 % interval: {of_difference(pairs)}."
+    how = ", with the 95 % interval" if interval(pairs) else ""
+    return f"{markdown(rows)}\n\nLibra minus plain, AP{how}: {of_difference(pairs)}."
 
 
 def _run_name(name: str, seed: int) -> str:

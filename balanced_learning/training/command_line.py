@@ -23,6 +23,11 @@ from balanced_learning.training.recipe import Recipe, list_recipes
 from balanced_learning.training.settings import COURSE, MODEL, flag_of
 from balanced_learning.training.weights import are_torchvisions
 
+_OF_TWO_STAGES = (  # and of no other detector; recipes may have them all the same
+    *("rpn_score_thresh", "box_batch_size_per_image", "rpn_pre_nms_top_n_train", "rpn_pre_nms_top_n_test"),
+    *("rpn_post_nms_top_n_train", "rpn_post_nms_top_n_test"),
+)
+
 
 def read_command_line(given: argparse.Namespace, *, trains: bool = True) -> tuple[Config, Checkpoint | None]:
     """The configuration that flags ask for, and the checkpoint they name.
@@ -55,7 +60,12 @@ def read_command_line(given: argparse.Namespace, *, trains: bool = True) -> tupl
         _check_agreement(chosen, checkpoint, trains)
         of_machine = {name: setting_fields()[name].default for name in ("device", "dist_url")}
         chosen = checkpoint.config.values() | of_machine | {"output_dir": checkpoint.path.parent} | chosen
-    return _settled(Config.of(chosen), checkpoint), checkpoint
+    config = _settled(Config.of(chosen), checkpoint)
+    if config.model.is_retinanet:
+        for name in _OF_TWO_STAGES:
+            if name in flags:
+                raise UserError(f"{flag_of(name)}: {config.model.model} has no RPN and no second stage; leave it out")
+    return config, checkpoint
 
 
 def _find_checkpoint(chosen: dict[str, Any]) -> Checkpoint | None:

@@ -96,6 +96,8 @@ class Loop:
         return is_save_due
 
     def _stop_if_asked(self) -> None:
+        if self.run.config.run.test_only:
+            self.exchange.stop_if_asked("in the evaluation; start it again")
         self.exchange.stop_if_asked(f"in {self.run.place()}; go on with --resume {self.run.folder}/{NEWEST}")
 
     def _is_late(self) -> bool:

@@ -235,6 +235,11 @@ def test_a_program_that_does_not_train_takes_other_settings_of_training(checkpoi
         (["--sync-bn", "--accumulation-steps", 2], "--sync-bn: not with --accumulation-steps"),
         (["--norm", "frozen", "--weights-backbone", "none"], "--norm frozen: a backbone from scratch has none"),
         (["--norm", "frozen_statistics", "--sync-bn"], "--sync-bn: not with --norm frozen_statistics"),
+        (["--model", "libra_retinanet", "--rpn-score-thresh", 0.1], "--rpn-score-thresh: libra_retinanet has no RPN"),
+        (
+            ["--model", "libra_retinanet", "--rpn-post-nms-top-n-train", 9],
+            "--rpn-post-nms-top-n-train: libra_retinanet",
+        ),
         (["--small", "--trainable-backbone-layers", 0], "--trainable-backbone-layers 0: a --small detector trains all"),
         (["--dry-run", "--check-data"], "--dry-run: it trains; leave --check-data out"),
         (["--weights", "DEFAULT", "--fpn-channels", 64], "--weights DEFAULT: of 256 channels; leave --fpn-channels 64"),
