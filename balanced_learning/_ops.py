@@ -157,11 +157,9 @@ def _call(op: Callable[..., Tensor], plain: Callable[..., Tensor], *args: Any) -
 
 def _widened(tensors: Sequence[Any]) -> list[Any]:
     """Half types as float32, in which everything is computed; a weight may be None."""
-    return [None if tensor is None else tensor.to(_wide(tensor.dtype)) for tensor in tensors]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return [
+        None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors
+    ]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -128,7 +128,7 @@ def _parts(stage: Any, sampler: bool | Callable, box_loss: bool | nn.Module, bet
 
 
 def _check_methods(stage: nn.Module, cls: type[nn.Module]) -> None:
-    """Refuses a stage with a method of its own, as the hooks of other libraries are set, before which ours has none."""
+    """Refuses a stage with a method of its own, as other libraries set for their hooks: ours would not be called."""
     for name in vars(cls):
         if name in vars(stage):
             of = f"{name} of {type(stage).__name__}"

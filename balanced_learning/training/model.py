@@ -25,6 +25,8 @@ from balanced_learning.training.small import small_fasterrcnn, small_retinanet
 from balanced_learning.training.transform import ResizingFirst
 from balanced_learning.training.weights import load_weights
 
+_MOST_SIZES = 4096  # that a backbone is compiled for; torch would go on with the slower code, and so with other bits
+
 
 def make_model(config: Config, labels: Labels, checkpoint: Checkpoint | None) -> Any:
     """Builds the model of a run on the CPU, with the weights of its checkpoint or those that it starts from.
@@ -42,9 +44,6 @@ def make_model(config: Config, labels: Labels, checkpoint: Checkpoint | None) ->
     elif (taken := load_weights(model, config.model, labels)) and distributed.is_main():
         print(taken)
     return model
-
-
-_MOST_SIZES = 4096  # that a backbone is compiled for; torch would go on with the slower code, and so with other bits
 
 
 def prepare(model: Any, config: ModelConfig, device: torch.device) -> Any:

@@ -47,9 +47,9 @@ def save_evaluation(
     Args:
         path: the PNG to write; where it cannot be, or an image cannot be read, a warning says so.
         dataset: the images evaluated, without augmentation. Those with boxes go first.
-        detections: by image id, ``boxes``, ``scores`` and ``labels``, on the CPU; an image that could not be read has
-            none, and is left out. Those of a low score, those of
-            labels without a name, and those beyond the best 100 are left out.
+        detections: by image id, ``boxes``, ``scores`` and ``labels``, on the CPU. Those of a low score, those of
+            labels without a name, and those beyond the best 100 are left out; so are images without an entry, which
+            could not be read.
         names: of the labels.
         seed: of the choice. The same images are drawn after every epoch.
     """
