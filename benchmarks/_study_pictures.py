@@ -56,6 +56,8 @@ def draw_curves(results: Results) -> Figure:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
         if axis.has_data():
+            low, high = axis.get_ylim()
+            axis.set_ylim(low - 0.3 * (high - low), high)  # room for the legend
             axis.legend(loc="lower right", frameon=False)
     return figure
 

@@ -7,7 +7,7 @@ PLAIN, PAPERS_PLAIN, BOX_LOSS, LIBRA = "plain", "plain_beta_1", "balanced_l1", "
 PARTS = ("sampler", "pyramid", BOX_LOSS, "sampler_pyramid", LIBRA)  # of Libra
 WORDS = {
     **{"bccd": "BCCD", "deeppcb": "DeepPCB", "finetuned": "fine-tuned", "scratch": "from scratch"},
-    **{"slow": "half the learning rate", "long": "twice the epochs"},
+    **{"slow": "half the rate", "long": "twice the epochs"},
 }
 SIZES = {"APs": "small", "APm": "medium", "APl": "large"}  # of the objects that a metric is about
 FEWEST_BOXES = 30  # that a metric may rest on
