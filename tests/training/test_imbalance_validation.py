@@ -158,8 +158,13 @@ def test_each_baseline_is_measured_once_and_gains_are_paired(validation, reports
     assert "The verdict is right in 1 of 1 cases that are decided." in text
     assert "be right in 1 of them, and never to in 0." in text
 
+    other = make_folder(tmp_path / "a_first_one", APS)
+    write_study(other, tmp_path)
+    validation.update([other], 2, file, page)
+    text = page.read_text()
+    assert text.index("a first one") < text.index("BCCD, from scratch")
     validation.update([], 2, file, page)  # the page from the file
-    assert (len(reports), page.read_text()) == (5, text)
+    assert (len(reports), page.read_text()) == (10, text)
 
 
 def test_a_stop_loses_no_report_and_later_runs_are_taken_in(validation, reports, tmp_path, page, monkeypatch):
