@@ -1,7 +1,7 @@
 """The names that torch keeps private and this library uses: a torch without one still gives right results, later."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -32,6 +32,16 @@ below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 def end_loading(batches: Iterator[Any]) -> None:
     """Ends the processes of a ``DataLoader``'s iterator now. Without the name they end when the iterator is freed."""
     getattr(batches, "_shutdown_workers", _nothing)()
+
+
+def compile_for_every_size() -> None:
+    """Lets ``torch.compile`` compile for hundreds of sizes. Without the names it does so for the first alone."""
+    with suppress(ImportError):
+        from torch._dynamo import config
+
+        for name in ("recompile_limit", "accumulated_recompile_limit"):
+            if hasattr(config, name):
+                setattr(config, name, 4096)
 
 
 def _nothing() -> None:

@@ -9,7 +9,7 @@ from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from balanced_learning import BalancedFeaturePyramid, BalancedL1Loss, IoUBalancedSampler
+from balanced_learning import BalancedFeaturePyramid, BalancedL1Loss, IoUBalancedSampler, _torch_private
 from balanced_learning.detection import apply_libra, libra_fasterrcnn, libra_retinanet
 from balanced_learning.detection.conventions import apply_conventions
 from balanced_learning.detection.normalization import FrozenStatisticsBatchNorm2d
@@ -24,8 +24,6 @@ from balanced_learning.training.errors import UserError
 from balanced_learning.training.small import small_fasterrcnn, small_retinanet
 from balanced_learning.training.transform import ResizingFirst
 from balanced_learning.training.weights import load_weights
-
-_MOST_SIZES = 4096  # that a backbone is compiled for; torch would go on with the slower code, and so with other bits
 
 
 def make_model(config: Config, labels: Labels, checkpoint: Checkpoint | None) -> Any:
@@ -57,9 +55,8 @@ def prepare(model: Any, config: ModelConfig, device: torch.device) -> Any:
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if config.compile:
-        # In place, and for each size, of which there may be hundreds: with sizes left open, inductor fails on CPUs.
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _MOST_SIZES
-        model.backbone.compile(dynamic=False)
+        _torch_private.compile_for_every_size()
+        model.backbone.compile(dynamic=False)  # in place, for each size: with sizes left open, inductor fails on CPUs
     return model
 
 

@@ -34,6 +34,14 @@ def options(tmp_path, monkeypatch):
     return toy_options(tmp_path, monkeypatch.setattr, "-b", 2, "--ema", 0.5)
 
 
+@pytest.fixture(autouse=True)
+def terminal():
+    """A terminal's handler of SIGHUP, where the tests run under ``nohup``."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def whole(options, tmp_path):
     """The folder of a run without a signal."""

@@ -208,6 +208,8 @@ def test_the_backbone_is_compiled_in_place(monkeypatch):
         graphs.append(graph)
         return graph
 
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        monkeypatch.setattr(torch._dynamo.config, name, 8)
     compile_in_place = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compile_in_place(self, backend=backend, **how))
     torch.compiler.reset()
