@@ -139,8 +139,8 @@ def joined(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]
         seeds = old["seeds"] | new["seeds"]
         rows[name] = old | new | {"seeds": {seed: seeds[seed] for seed in sorted(seeds, key=int)}}
     lists = {name: distinct([*before[name], *now[name]]) for name in ("versions", "devices", "commits")}
-    kept = {"boxes": now["boxes"] or before["boxes"]}
-    return now | lists | kept | {"is_whole": before["is_whole"] or now["is_whole"], "rows": rows}
+    either = {name: now[name] or before[name] for name in ("boxes", "is_whole")}
+    return now | lists | either | {"rows": rows}
 
 
 def _finished(folder: Path) -> list[Path]:

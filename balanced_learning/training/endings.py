@@ -71,8 +71,8 @@ def _lenient_output() -> Iterator[None]:
             try:
                 stream.flush()
             except OSError:  # what is left in its buffer would change the exit code
-                with suppress(OSError):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                with suppress(OSError), open(os.devnull, "wb") as nothing:
+                    os.dup2(nothing.fileno(), stream.fileno())
 
 
 class _Lenient:
