@@ -94,9 +94,13 @@ def test_ten_kills_change_no_bit(tmp_path, monkeypatch, kill_and_resume):
         for name, kind in kill_and_resume.KINDS.items()
         if name in ("two loaders, AdamW, EMA", "accumulation, fp16", "two processes")
     }
-    runs = kill_and_resume.Runs(tmp_path, seed=0, count=len(kinds), kinds=kinds, kills=(4,), start=start)
+    # A run that a late kill left little of can end before its fourth: half as many runs would do, mostly.
+    runs = kill_and_resume.Runs(tmp_path, seed=0, count=2 * len(kinds), kinds=kinds, kills=(4,), start=start)
     for name in kinds:
         runs.refer(name)
-    outcomes = [runs.kill(number) for number in range(len(kinds))]
-    assert not [failure for outcome in outcomes for failure in outcome.failures]
-    assert sum(len(outcome.kills) for outcome in outcomes) >= KILLS
+    outcomes = map(runs.kill, range(runs.count))
+    kills = 0
+    while kills < KILLS:
+        outcome = next(outcomes)
+        assert not outcome.failures
+        kills += len(outcome.kills)
