@@ -1,6 +1,7 @@
 """Means over seeds, and differences with their intervals, as tables print them."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from balanced_learning.training.reproduction.spreads import FEWEST, interval, mean, spread
 
@@ -18,16 +19,19 @@ def of_difference(pairs: Sequence[float]) -> str:
         return "-"
     if bounds is None:
         return _signed(middle)
-    text = f"{_signed(middle)} [{_signed(bounds[0])}, {_signed(bounds[1])}]"
-    return f"**{text}**" if excludes_zero(bounds) and round(middle, 1) else text
+    return _bold(f"{_signed(middle)} [{_signed(bounds[0])}, {_signed(bounds[1])}]", middle, bounds)
 
 
 def of_fewer(pairs: Sequence[float]) -> str:
-    """The least and the largest mean of what is left when one pair is left out."""
+    """The least and the largest mean when one pair is left out, each bold as in :func:`of_difference`."""
     if len(pairs) < FEWEST:
         return "-"
-    means = [(sum(pairs) - pair) / (len(pairs) - 1) for pair in pairs]
-    return f"{_signed(min(means))} to {_signed(max(means))}"
+    fewer = sorted(([*pairs[:i], *pairs[i + 1 :]] for i in range(len(pairs))), key=sum)
+    return " to ".join(_bold(_signed(fmean(each)), fmean(each), interval(each)) for each in (fewer[0], fewer[-1]))
+
+
+def _bold(text: str, middle: float, bounds: tuple[float, float] | None) -> str:
+    return f"**{text}**" if bounds and excludes_zero(bounds) and round(middle, 1) else text
 
 
 def _signed(value: float) -> str:

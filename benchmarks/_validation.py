@@ -1,5 +1,6 @@
 """The study's answer to whether the report on imbalances predicts which part of Libra R-CNN helps."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,12 @@ class Point:
 
     @property
     def strength(self) -> float:
-        return sum(self.strengths) / len(self.strengths)
+        return statistics.fmean(self.strengths)
+
+    @property
+    def gain(self) -> float:
+        """The mean; there must be one."""
+        return statistics.fmean(self.gains)
 
     @property
     def verdict(self) -> str:
@@ -123,10 +129,10 @@ def _answer(found: list[Point]) -> str:
     decided = [point for point in found if point.helped is not None]
     helped, right = sum(point.helped is True for point in decided), sum(point.is_right is True for point in decided)
     gained = [point for point in found if point.gains]
-    rho = correlation([point.strength for point in gained], [_gain(point) for point in gained])
+    rho = correlation([point.strength for point in gained], [point.gain for point in gained])
     of_verdicts = (
-        f"The verdict is right in {right} of {len(decided)} cases that are decided. Always to say that a part helps "
-        f"would be right in {helped} of them, and never to in {len(decided) - helped}."
+        f"The verdict is right in {right} of {len(decided)} cases that are decided. To say of every part that it "
+        f"helps would be right in {helped} of them, and of none in {len(decided) - helped}."
     )
     number = f"{len(gained)} point{'' if len(gained) == 1 else 's'}"
     of_strengths = f"Spearman's rank correlation of strength and gain over {number}: {_signed(rho)}."
@@ -138,7 +144,7 @@ def _figures(found: list[Point]) -> str:
     rows = []
     for figure in dict.fromkeys(name for point in found for name in point.figures):
         having = [point for point in found if point.gains and point.figures.get(figure) is not None]
-        rho = correlation([point.figures[figure] or 0.0 for point in having], [_gain(point) for point in having])
+        rho = correlation([point.figures[figure] or 0.0 for point in having], [point.gain for point in having])
         parts = dict.fromkeys(f"`{point.part}`" for point in found if figure in point.figures)
         rows.append(
             {
@@ -149,10 +155,6 @@ def _figures(found: list[Point]) -> str:
             }
         )
     return markdown(rows, words=2)
-
-
-def _gain(point: Point) -> float:
-    return sum(point.gains) / len(point.gains)
 
 
 def _decimal(value: float | None) -> str:

@@ -20,7 +20,7 @@ from _common import RESULTS
 from _validation import BASELINES, Validation, block
 from balanced_learning.training.endings import ends_in_one_line
 from balanced_learning.training.files import write_text
-from balanced_learning.training.imbalance.advice import approach, likeness, unevenness
+from balanced_learning.training.imbalance.advice import approach, likeness, lost_share, raised_share, unevenness
 from balanced_learning.training.settings import positive
 from examples import imbalance_report
 from imbalance_page import measured
@@ -84,7 +84,7 @@ def predictions(content: dict[str, Any], levels: dict[str, str]) -> dict[str, An
 def figures_of(content: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The figures that the strength of each level rests on, and others that it could rest on."""
     of = measured(content)
-    sample, objective, ap50 = of.sample, of.objective, content["objective"]["AP50"]
+    sample, objective, metrics = of.sample, of.objective, of.evaluation.metrics
     return {
         "sample": {
             "changed": sample.changed,
@@ -95,9 +95,9 @@ def figures_of(content: dict[str, Any]) -> dict[str, dict[str, float]]:
         else {},
         "feature": {"unevenness": unevenness(of.feature), "likeness": likeness(of.feature.likeness_before)},
         "objective": {
-            "inliers' gain": objective.of_total_balanced - objective.of_total,
+            "inliers' gain": raised_share(objective),
             "growth": objective.growth,
-            "lost": of.difference / ap50 if ap50 and of.difference is not None else math.nan,
+            "lost": lost_share(metrics["AP50"], metrics["AP75"]),
         },
     }
 

@@ -7,10 +7,10 @@
 
 Takes the options of the training script. Measures some batches of training images: how sampling by IoU would change
 what the second stage learns from, which maps of the backbone an object's score comes from, and whose gradient the box
-loss is; and evaluates at most as many, the first, of val2017. Without --resume and --recipe, the parts of Libra R-CNN
-are off that no flag switches on; a detector whose weights know nothing of the data's categories is trained for some
-steps first, in memory. Prints a block and a sentence a level, and writes imbalance.json and imbalance.png to the output
-folder.
+loss is; and evaluates at most as many of val2017. Either are spread evenly over the data; those of training have boxes.
+Without --resume and --recipe, the parts of Libra R-CNN are off that no flag switches on; a detector whose weights know
+nothing of the data's categories is trained for some steps first, in memory. Prints a block and a sentence a level, and
+writes imbalance.json and imbalance.png to the output folder.
 
 The verdicts rest on a rule of thumb, see balanced_learning/training/imbalance/advice.py, and have not foretold what
 helped in the study of docs/study.md.
@@ -38,7 +38,7 @@ from balanced_learning.training.imbalance.advice import advise
 from balanced_learning.training.imbalance.gathering import gather, require_all_levels
 from balanced_learning.training.imbalance.text import blocks
 from balanced_learning.training.imbalance.warm_up import STEPS, steps_to_warm_up, warm_up
-from balanced_learning.training.measuring import images_to_measure, origin_of_weights
+from balanced_learning.training.measuring import evenly_spaced, images_to_measure, origin_of_weights
 from balanced_learning.training.model import make_model, prepare
 from balanced_learning.training.optimization import Precision
 from balanced_learning.training.output_folder import find_folder
@@ -79,7 +79,8 @@ def run(given: argparse.Namespace) -> None:
     model = prepare(model, replace(config.model, compile=False), device).eval()  # for so little it takes too long
     precision = Precision(config.training.amp, device)
     images = images_to_measure(config, train, labels, given.batches)
-    train_loader, val_loader = make_loaders(config, device, train, val.first(len(images)), labels)
+    val = val.take(evenly_spaced(len(val.images), len(images)))
+    train_loader, val_loader = make_loaders(config, device, train, val, labels)
     if steps:
         warm_up(config, labels, model, precision, train_loader, steps)
     measured = gather(config, model, images, val_loader, precision)
@@ -97,6 +98,7 @@ def run(given: argparse.Namespace) -> None:
             "evaluated_images": measured.evaluated_images,
             "categories": list(labels.names.values()),
         },
+        "has_learned": measured.has_learned,
         **measured.plain(),
         "advice": [vars(each) for each in advices],
         "versions": backend_info(),

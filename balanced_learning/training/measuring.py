@@ -47,16 +47,20 @@ def images_to_measure(config: Config, train: Split, labels: Labels, batches: int
     positions = train.has_boxes().nonzero()[0]
     if not len(positions):
         raise UserError(f"{train.json_file}: no image has a box")
-    count = min(batches * config.training.batch_size, len(positions))
-    spread = np.arange(count) * len(positions) // count
     data = config.data
     return DetectionDataset(
         train,
         labels.label_of,
-        positions[spread],
+        positions[evenly_spaced(len(positions), batches * config.training.batch_size)],
         proposals=ProposalFile.open(data.proposals) if data.proposals else None,
         max_proposals=data.max_proposals,
     )
+
+
+def evenly_spaced(number: int, count: int) -> np.ndarray:
+    """So many of the positions below a number, spread evenly, int64; or all."""
+    count = min(count, number)
+    return np.arange(count) * number // count
 
 
 def origin_of_weights(config: Config, checkpoint: Checkpoint | None, warm_up_steps: int = 0) -> str:

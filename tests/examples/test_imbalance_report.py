@@ -15,7 +15,7 @@ from tests.training.coco_data import add_images
 from tests.training.small import SMALL, name_as_untrained, save_untrained
 from tests.training.test_proposals import write
 
-KEYS = {"detector", "data", "sample", "feature", "objective", "advice", "versions", "commit", "device"}
+KEYS = {"detector", "data", "has_learned", "sample", "feature", "objective", "advice", "versions", "commit", "device"}
 
 
 def report(folder, *options):
@@ -50,6 +50,7 @@ def test_the_plain_detector_is_warmed_up_and_measured(coco_root, tmp_path, capsy
         "evaluated_images": 4,
         "categories": ["car", "toothbrush"],
     }
+    assert content["has_learned"] is False
     assert content["sample"]["images"] == 4
     assert content["sample"]["bins"] == pytest.approx([0, 1 / 6, 1 / 3, 0.5])
     for shares in content["sample"]["shares"].values():

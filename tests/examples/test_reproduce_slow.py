@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from balanced_learning.training.reporting import reports
 from balanced_learning.training.reproduction import reproducing
 from examples import reproduce, train_torchvision_libra
 
+ROOT = Path(__file__).parents[2]
 TOY = ["--", "--small", "--epochs", "1", "--min-size", "64", "--max-size", "96", "-j", "0", "--device", "cpu"]
 
 
@@ -47,19 +49,28 @@ def test_all_tables_end_with_numbers_in_every_row(real_data, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_the_study_ends_with_numbers_in_every_row(real_data, tmp_path, monkeypatch):
-    """With its own detector, from scratch."""
+    """With its own detector, from scratch; what the page is made of finds them all."""
+    out = tmp_path / "bccd_scratch"
     monkeypatch.setattr(reproducing, "run_job", train_here)
     monkeypatch.setattr(train_torchvision_libra, "save_evaluation", lambda *_: None)
     monkeypatch.setattr(reports, "save_curves", lambda *_: None)
-    given = ["--table", "study", "--data-path", f"{real_data('bccd')}", "--output-dir", f"{tmp_path}", "--"]
+    given = ["--table", "study", "--data-path", f"{real_data('bccd')}", "--output-dir", f"{out}", "--"]
     reproduce.main([*given, "--weights-backbone", "none", "--epochs", "1", "--limit", "4", "--device", "cpu"])
-    table = json.loads((tmp_path / "table_study.json").read_text())
+    table = json.loads((out / "table_study.json").read_text())
     assert table["images"] == {"train": 4, "val": 4}
     assert len(table["rows"]) == 10
     for row in table["rows"]:
         assert row["runs"]["0"]["status"] == "finished"
         assert 0 <= row["mean"]["AP"] <= 100
-        assert row["difference"] is None or row["difference"]["AP"]["seeds"] == [0]
+        if row["name"] == "plain":
+            assert row["difference"] is None
+        else:
+            assert row["difference"]["AP"]["seeds"] == [0]
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gathered = import_module("study").gather(out)
+    assert gathered["rows"].keys() == {row["name"] for row in table["rows"]}
+    for row in table["rows"]:
+        assert gathered["rows"][row["name"]]["seeds"]["0"]["AP"] == pytest.approx(row["mean"]["AP"], abs=0.01)
 
 
 @pytest.mark.slow

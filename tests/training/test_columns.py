@@ -67,6 +67,18 @@ def test_the_first_images_keep_their_boxes():
     assert len(columns([2, 0]).first(9)) == 2
 
 
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=8), st.data())
+def test_some_images_keep_their_boxes(counts, data):
+    positions = data.draw(st.lists(st.integers(0, len(counts) - 1), unique=True))
+    table = columns(counts)
+    part = table.take(np.array(positions, np.int64))
+    assert part.image_ids.tolist() == positions
+    assert [part.file_name(i) for i in range(len(part))] == [table.file_name(i) for i in positions]
+    for i, position in enumerate(positions):
+        expected = table.areas[table.boxes_of(position)].tolist()
+        assert part.areas[part.boxes_of(i)].tolist() == expected
+
+
 def test_mapped_arrays_are_sent_as_their_folder_and_others_whole(tmp_path):
     table = columns([2, 1])
     table.write(tmp_path)

@@ -78,17 +78,27 @@ def test_the_paper_on_coco_can_be_helped():
 
 
 def test_what_balanced_l1_changes_is_told():
-    assert advise_box_loss(objective_level(), 0.8, 0.4, OFF).sentence == (
+    sentence = (
         "Inliers give 30 % of the box gradient under smooth L1 of beta 0.11 and 55 % under balanced L1, "
         "and 50 % of AP50 is lost at an IoU of 0.75: balanced L1 can help. "
         "Try --box-loss; to tune it: --alpha, --gamma."
     )
+    assert advise_box_loss(objective_level(growth=1.1), 0.8, 0.4, OFF).sentence == sentence
+    larger = advise_box_loss(objective_level(growth=1.9), 0.8, 0.4, OFF)
+    assert larger.sentence.startswith(f"{sentence} Balanced L1 is a larger loss, too: its gradient is 1.9 times that")
+    assert larger.verdict == "can help"
+
+
+@pytest.mark.parametrize(("of_total", "words"), [(0.5, "Nothing to balance"), (0.05, "Balanced L1 does not mend this")])
+def test_a_gradient_of_outliers_is_not_called_balanced(of_total, words):
+    level = objective_level(of_total=of_total, of_total_balanced=of_total + 0.03, growth=1.0)
+    assert advise_box_loss(level, 0.7, 0.4, OFF).sentence.startswith(f"{words}: inliers give ")
 
 
 def test_the_share_that_sampling_changes_is_told():
     sentence = advise_sampler(sample_level(), OFF).sentence
     assert sentence == (
-        "IoU-balanced sampling changes 31 % of the negatives that the second stage learns from: can help. "
+        "IoU-balanced sampling changes 31 % of the negatives that the second stage learns from, which can help. "
         "Try --sampler; to tune it: --num-bins 2 to 5."
     )
 
@@ -119,7 +129,10 @@ def test_too_few_negatives_are_told_with_what_makes_more():
 def test_negatives_that_are_hard_at_low_iou_are_not_for_iou_balanced_sampling():
     advice = advise_sampler(sampled(0.4, nearer=-0.2), OFF)
     assert (advice.verdict, advice.strength) == ("nothing", 0)
-    assert "not to what is more like the hard ones: 60 % of those, 30 % of random" in advice.sentence
+    further = "does not make them more like the hard ones: by IoU, 100 % of random and 80 % of IoU-balanced ones are"
+    assert further in advice.sentence
+    hardly = "hardly makes them more like the hard ones: by IoU, 96 % of random and 100 % of IoU-balanced ones are"
+    assert hardly in advise_sampler(sampled(0.4, nearer=0.04), OFF).sentence
 
 
 def test_how_much_nearer_to_hard_negatives_sampling_comes():
@@ -147,8 +160,8 @@ def test_levels_that_are_equal_leave_a_pyramid_nothing_to_do():
     [
         (0.42, "raises the likeness of the levels from 0.40 to 0.42, and so hardly brings them together."),
         (0.30, "lowers the likeness of the levels from 0.40 to 0.30, and so hardly brings them together."),
-        (0.47, "raises the likeness of the levels from 0.40 to 0.47: can help a little."),
-        (0.70, "raises the likeness of the levels from 0.40 to 0.70: can help."),
+        (0.47, "raises the likeness of the levels from 0.40 to 0.47, which can help a little."),
+        (0.70, "raises the likeness of the levels from 0.40 to 0.70, which can help."),
     ],
 )
 def test_of_a_pyramid_that_is_on_it_is_told_what_it_does_to_the_levels(after, words):
@@ -161,10 +174,10 @@ def test_errors_that_are_all_inliers_leave_balanced_l1_nothing_to_do_but_to_be_l
     inliers = objective_level(inliers=1.0, of_total=1.0, of_total_balanced=1.0, to_outlier=NAN, growth=1.4)
     advice = advise_box_loss(inliers, 0.7, 0.4, OFF)
     assert (advice.verdict, advice.strength, advice.knob) == ("nothing", 0, "--box-loss-weight")
-    larger = "The gradient of balanced L1 is 1.4 times as large, as that of smooth L1 of beta 0.11 would be with "
-    assert advice.sentence.endswith(f"{larger}--box-loss-weight 1.4.")
+    larger = "its gradient is 1.4 times that of smooth L1 of beta 0.11, which --box-loss-weight {} would make as large."
+    assert advice.sentence.endswith(larger.format(1.4))
     weighted = advise_box_loss(inliers, 0.7, 0.4, Config.of({"box_loss_weight": 1.5}))
-    assert weighted.sentence.endswith(f"{larger}--box-loss-weight 2.1.")
+    assert weighted.sentence.endswith(larger.format(2.1))
     as_large = advise_box_loss(replace(inliers, growth=1.1), 0.8, 0.4, OFF)
     assert as_large.knob == "--box-loss-weight"
     assert as_large.sentence.endswith(
@@ -204,7 +217,7 @@ def test_what_could_not_be_measured_is_said():
 
 def test_what_a_pyramid_does_to_the_levels_is_known_without_objects():
     advice = advise_pyramid(feature_level([[NAN, NAN], [NAN, NAN]], before=0.4, after=0.7), ON)
-    assert (advice.verdict, "from 0.40 to 0.70: can help." in advice.sentence) == ("can help", True)
+    assert (advice.verdict, "from 0.40 to 0.70, which can help." in advice.sentence) == ("can help", True)
 
 
 def test_without_any_ap_the_gradient_decides():

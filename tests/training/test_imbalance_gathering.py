@@ -4,18 +4,54 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
-from balanced_learning import IoUBalancedSampler
+from balanced_learning import BalancedL1Loss, IoUBalancedSampler
 from balanced_learning.detection import apply_libra
+from balanced_learning.detection.imbalance.feature_level import LevelMeter
+from balanced_learning.detection.imbalance.objective_level import ObjectiveMeter
+from balanced_learning.detection.imbalance.sample_level import SampleMeter
+from balanced_learning.detection.proposals import second_stage
 from balanced_learning.training.config import Config
 from balanced_learning.training.evaluation import ErrorKind, Evaluation
 from balanced_learning.training.imbalance import gathering
-from balanced_learning.training.imbalance.advice import advise
+from balanced_learning.training.imbalance.advice import advise, likeness
 from balanced_learning.training.imbalance.gathering import finite
 from balanced_learning.training.imbalance.text import blocks
 from balanced_learning.training.small import small_fasterrcnn
 from balanced_learning.training.tide import KINDS
 from tests.training.imbalance_data import feature_level, measurements, objective_level, sample_level
+
+
+def test_a_detector_made_to_have_nothing_to_balance_is_told_so():
+    """All negatives have an IoU of 0, all errors are inliers, and all levels are the same."""
+
+    def make_equal(_, __, levels):
+        coarsest = list(levels.values())[-1]
+        return {name: F.interpolate(coarsest, level.shape[-2:]) for name, level in levels.items()}
+
+    model = second_stage(small_fasterrcnn(3)).eval()
+    model.backbone.fpn.register_forward_hook(make_equal)
+    deltas = model.roi_heads.box_predictor.bbox_pred
+    nn.init.zeros_(deltas.weight)
+    nn.init.constant_(deltas.bias, 0.5)
+    meters = [
+        SampleMeter(model, IoUBalancedSampler(64, 0.25), BalancedPositiveNegativeSampler(64, 0.25), draws=2),
+        LevelMeter(model),
+        ObjectiveMeter(model, nn.SmoothL1Loss(beta=1 / 9), BalancedL1Loss()),
+    ]
+    truth, far = torch.tensor([[0.0, 0, 40, 40]]), torch.tensor([60.0, 60, 90, 90]).expand(300, 4)
+    target = {"boxes": truth, "labels": torch.ones(1, dtype=torch.int64), "proposals": far}
+    for meter in meters:
+        meter.add([torch.rand(3, 128, 128)] * 2, [target] * 2)
+    sample, feature, objective = (meter.result() for meter in meters)
+    assert (sample.changed, objective.inliers, likeness(feature.likeness_before)) == (0, 1, pytest.approx(1))
+    plain = Config.of({"sampler": False, "pyramid": False, "box_loss": False})
+    for advice in advise(measurements(sample=sample, feature=feature, objective=objective), plain):
+        assert (advice.verdict, advice.strength) == ("nothing", pytest.approx(0, abs=1e-6))
+        assert advice.sentence.startswith("Nothing to balance: ")
 
 
 def test_what_is_not_finite_is_null():

@@ -156,7 +156,7 @@ def test_each_baseline_is_measured_once_and_gains_are_paired(validation, reports
         "2 seeds",
     ]
     assert "The verdict is right in 1 of 1 cases that are decided." in text
-    assert "be right in 1 of them, and never to in 0." in text
+    assert "be right in 1 of them, and of none in 0." in text
 
     other = make_folder(tmp_path / "a_first_one", APS)
     write_study(other, tmp_path)

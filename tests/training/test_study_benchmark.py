@@ -137,6 +137,13 @@ def test_what_one_seed_decides(tables, root):
     assert cells((root / "README.md").read_text(), "DeepPCB, fine-tuned")[-1] == "**+7.0 [+4.5, +9.5]**"
 
 
+def test_a_mean_without_one_seed_is_bold_where_its_interval_excludes_zero(tables, root):
+    """Of +1, +1.1, +0.9 and +6 points: without the last, 1 ± 4.3027 * 0.1 / sqrt(3); without another, ± 7.2."""
+    rows = {"plain": dict.fromkeys(range(4), 0.30), "libra": {0: 0.31, 1: 0.311, 2: 0.309, 3: 0.36}}
+    tables.update([make_folder(root / "deeppcb_finetuned", rows)], root / "study.json", root)
+    assert cells((root / "docs" / "study.md").read_text(), "Libra", "`plain`")[-1] == "**+1.0** to +2.7"
+
+
 def test_ap_is_that_of_the_very_share_of_the_epochs(tables, root):
     """Of three epochs, of which the last two were evaluated."""
     tables.update([make_folder(root / "deeppcb_finetuned", {"plain": {0: 0.4}})], root / "study.json", root)

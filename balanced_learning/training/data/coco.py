@@ -97,10 +97,13 @@ class Split:
             self, categories={1: "object"}, columns=replace(self.columns, category_ids=category_ids, folder=None)
         )
 
+    def take(self, positions: np.ndarray) -> "Split":
+        """The same split with these images alone."""
+        return replace(self, columns=self.columns.take(positions), causes=self.causes[self.columns.rows_of(positions)])
+
     def first(self, count: int) -> "Split":
         """The same split with its first images alone."""
-        columns = self.columns.first(count)
-        return replace(self, columns=columns, causes=self.causes[: len(columns.boxes)])
+        return self.take(np.arange(min(count, len(self.columns))))
 
 
 def read_split(

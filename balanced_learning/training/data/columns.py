@@ -98,17 +98,23 @@ class Columns:
     def _order(self) -> np.ndarray:
         return np.argsort(self.image_ids, kind="stable")
 
+    def rows_of(self, positions: np.ndarray) -> np.ndarray:
+        """The rows of the boxes of several images, image by image, int64."""
+        starts, counts = self.first_boxes[positions], np.diff(self.first_boxes)[positions]
+        return np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
+
+    def take(self, positions: np.ndarray) -> "Columns":
+        """These images alone, with their boxes."""
+        rows, counts = self.rows_of(positions), np.diff(self.first_boxes)[positions]
+        per_image = {name: getattr(self, name)[positions] for name in ("image_ids", "widths", "heights")}
+        per_box = {name: getattr(self, name)[rows] for name in ("boxes", "areas", "category_ids", "crowds", "entries")}
+        names, name_ends = pack([self.file_name(position) for position in positions])
+        first_boxes = np.concatenate(([0], np.cumsum(counts)))
+        return Columns(**per_image, **per_box, names=names, name_ends=name_ends, first_boxes=first_boxes)
+
     def first(self, count: int) -> "Columns":
         """The first images alone, with their boxes."""
-        if count >= len(self):
-            return self
-        boxes = int(self.first_boxes[count])
-        per_image = {name: getattr(self, name)[:count] for name in ("image_ids", "widths", "heights", "name_ends")}
-        per_box = {
-            name: getattr(self, name)[:boxes] for name in ("boxes", "areas", "category_ids", "crowds", "entries")
-        }
-        names = self.names[: self.name_ends[count - 1]]
-        return Columns(**per_image, **per_box, names=names, first_boxes=self.first_boxes[: count + 1])
+        return self if count >= len(self) else self.take(np.arange(count))
 
     def with_images(self, names: Sequence[str], sizes: np.ndarray) -> "Columns":
         """The same with other names of files, and sizes [N, 2] of images."""

@@ -15,7 +15,7 @@ from balanced_learning.training.model import smooth_l1
 
 # Strengths from which a part is said to do a little, and from which it can help: a rule of thumb.
 LITTLE, CAN_HELP = 0.05, 0.15
-MOST = 0.5  # of the images: from here on the sentence tells of a bin that is empty, or of candidates that are too few
+MOST = 0.5  # of the images, or of the gradient: from here on a sentence tells of it
 LARGER = 1.2  # multiple of the box gradient from which the sentence tells that balanced L1 is a larger loss, too
 
 
@@ -28,7 +28,8 @@ class Advice:
         verdict: ``"can help"``, ``"little"`` or ``"nothing"``, of the level's part of Libra R-CNN, be it on or off.
         strength: what the verdict rests on, from 0 to 1.
         sentence: for people.
-        flag: of the training program, to try; the one that switches the part off, where it is on.
+        flag: of the training program, that switches the part on, or off where it is on, whatever the verdict; or the
+            one that the sentence names in its place.
         knob: the flag to turn next.
     """
 
@@ -53,8 +54,8 @@ def advise(measured: Measurements, config: Config) -> list[Advice]:
 def advise_sampler(level: SampleLevel | None, config: Config) -> Advice:
     """Of IoU-balanced sampling.
 
-    The strength is the share of the sampled negatives that it changes, or how much nearer it brings their IoUs to those
-    of the hard ones, whichever is less.
+    The strength is the share of the sampled negatives that it changes, or how much more of them become like the hard
+    ones by IoU, whichever is less.
     """
     if level is None:
         sentence = "Nothing to balance: a RetinaNet learns from all anchors, and samples none."
@@ -74,19 +75,24 @@ def advise_sampler(level: SampleLevel | None, config: Config) -> Advice:
     elif level.changed < LITTLE:
         sentence = f"Nothing to balance: {does}."
     elif verdict == "nothing":
-        hard, random, balanced = (percent(level.above[name]) for name in ("hard", "random", "IoU-balanced"))
-        above = f"{hard} of those, {random} of random and {balanced} of IoU-balanced ones are above an IoU of 0.05"
-        sentence = f"{does}, but not to what is more like the hard ones: {above}."
+        makes = "hardly makes" if approach(level) > 0 else "does not make"
+        random, balanced = (percent(_overlap(level, name)) for name in ("random", "IoU-balanced"))
+        alike = f"by IoU, {random} of random and {balanced} of IoU-balanced ones are like those"
+        sentence = f"{does}, but {makes} them more like the hard ones: {alike}."
     else:
         bins = f"{knob} ({config.libra.num_bins} now)" if is_on else f"{knob} 2 to 5"
-        sentence = f"{does}: {_outlook(verdict, is_on, flag, bins)}{_empty_bin(level.empty_bins)}"
+        sentence = f"{does}, which {_outlook(verdict, is_on, flag, bins)}{_empty_bin(level.empty_bins)}"
     return Advice("sample", verdict, strength, sentence, flag, knob)
 
 
 def approach(level: SampleLevel) -> float:
-    """How much nearer IoU-balanced negatives are to the hard ones than random ones, as a share of them, by IoU."""
-    hard, random, balanced = (level.shares[name] for name in ("hard", "random", "IoU-balanced"))
-    return ((hard - random).abs().sum() - (hard - balanced).abs().sum()).item() / 2
+    """How much larger a share of IoU-balanced negatives is like the hard ones, by IoU, than of random ones."""
+    return _overlap(level, "IoU-balanced") - _overlap(level, "random")
+
+
+def _overlap(level: SampleLevel, name: str) -> float:
+    """The share of these negatives that lie, by IoU, where hard ones do: the overlap of the two histograms."""
+    return torch.minimum(level.shares[name], level.shares["hard"]).sum().item()
 
 
 def _empty_bin(shares: list[float]) -> str:
@@ -107,7 +113,7 @@ def advise_pyramid(level: FeatureLevel, config: Config) -> Advice:
     before, after = likeness(level.likeness_before), likeness(level.likeness_after)
     strength = _least(after - before) if is_on else _least(uneven, 1 - before)
     verdict = verdict_of(strength)
-    uses = f"for all maps of the backbone to count alike, {percent(uneven)} of what detections use would be from others"
+    uses = f"{percent(uneven)} of what detections use would have to come from other maps of the backbone"
     if math.isnan(before) or (math.isnan(uneven) and not is_on):
         sentence = "Not measured: there is no object to follow, or only one level."
     elif is_on:
@@ -116,11 +122,11 @@ def advise_pyramid(level: FeatureLevel, config: Config) -> Advice:
             f"The balanced pyramid, which is on, {changes} the likeness of the levels from {before:.2f} to {after:.2f}"
         )
         nothing = f"{does}, and so hardly brings them together. {flag} tells whether it helps all the same."
-        sentence = nothing if verdict == "nothing" else f"{does}: {_outlook(verdict, is_on, flag, knob)}"
+        sentence = nothing if verdict == "nothing" else f"{does}, which {_outlook(verdict, is_on, flag, knob)}"
     else:
-        found = f"{uses}, and the likeness of the levels is {before:.2f} of 1"
+        found = f"{uses} for all to count alike, and the likeness of the levels is {before:.2f} of 1"
         outlook = f"a balanced pyramid {_outlook(verdict, is_on, flag, knob)}"
-        sentence = f"Nothing to balance: {found}." if verdict == "nothing" else f"{_sentence(found)}: {outlook}"
+        sentence = f"Nothing to balance: {found}." if verdict == "nothing" else f"{found}: {outlook}"
     return Advice("feature", verdict, strength, sentence, flag, knob)
 
 
@@ -146,8 +152,7 @@ def advise_box_loss(level: ObjectiveLevel, ap50: float | None, ap75: float | Non
     """
     is_on = config.model.box_loss
     flag, knob = _switch("box-loss", is_on), "--alpha, --gamma"
-    gain = level.of_total_balanced - level.of_total
-    lost = (ap50 - ap75) / ap50 if ap50 and ap75 is not None else math.nan
+    gain, lost = raised_share(level), lost_share(ap50, ap75)
     strength = _least(gain) if math.isnan(lost) else _least(gain, lost)
     verdict = verdict_of(strength)
     part = "balanced L1, which is on" if is_on else "balanced L1"
@@ -156,24 +161,39 @@ def advise_box_loss(level: ObjectiveLevel, ap50: float | None, ap75: float | Non
     smooth = f"smooth L1 of beta {beta:.2g}" if beta else "L1"
     shares = f"inliers give {own} of the box gradient under {smooth} and {balanced} under {part}"
     losses = "" if math.isnan(lost) else f"{percent(lost)} of AP50 is lost at an IoU of 0.75"
+    weight = level.growth * config.libra.box_loss_weight
+    larger = (
+        f" Balanced L1 is a larger loss, too: its gradient is {level.growth:.1f} times that of {smooth}, which "
+        f"--box-loss-weight {weight:.2g} would make as large."
+        if level.growth >= LARGER
+        else ""
+    )
     if math.isnan(gain):
         sentence = "Not measured: there is no box to learn from."
     elif gain < LITTLE:
-        sentence = f"Nothing to balance: {shares}."
-        if level.growth >= LARGER or (lost >= CAN_HELP and level.ratio < 1):
+        start = "Nothing to balance" if level.of_total >= MOST else "Balanced L1 does not mend this"
+        sentence = f"{start}: {shares}."
+        is_heavier_better = lost >= CAN_HELP and level.ratio < 1
+        if larger or is_heavier_better:
             knob = "--box-loss-weight"
-        if level.growth >= LARGER:
-            weight = level.growth * config.libra.box_loss_weight
-            sentence += f" The gradient of balanced L1 is {level.growth:.1f} times as large"
-            sentence += f", as that of {smooth} would be with {knob} {weight:.2g}."
-        elif lost >= CAN_HELP:
-            sentence += f" But {losses}{f': a larger {knob} is worth a try' if level.ratio < 1 else ''}."
+        if lost >= CAN_HELP and not larger:
+            sentence += f" But {losses}{f': a larger {knob} is worth a try' if is_heavier_better else ''}."
     elif verdict == "nothing":
         sentence = f"{_sentence(shares)}, but boxes are tight: {losses}."
     else:
         outlook = f"balanced L1 {_outlook(verdict, is_on, flag, knob)}"
         sentence = f"{_sentence(shares)}{losses and f', and {losses}'}: {outlook}"
-    return Advice("objective", verdict, strength, sentence, flag, knob)
+    return Advice("objective", verdict, strength, f"{sentence}{larger}", flag, knob)
+
+
+def raised_share(level: ObjectiveLevel) -> float:
+    """By how much balanced L1 raises the inliers' share of the box gradient."""
+    return level.of_total_balanced - level.of_total
+
+
+def lost_share(ap50: float | None, ap75: float | None) -> float:
+    """The share of AP50 that is lost at an IoU of 0.75; NaN where that is not known."""
+    return (ap50 - ap75) / ap50 if ap50 and ap75 is not None else math.nan
 
 
 def _least(*values: float) -> float:
@@ -201,9 +221,9 @@ def verdict_of(strength: float) -> str:
     return "can help" if strength >= CAN_HELP else "little" if strength >= LITTLE else "nothing"
 
 
-def percent(share: float | None) -> str:
+def percent(share: float | None, digits: int = 0) -> str:
     """A share as text, "-" where it is not known."""
-    return "-" if share is None or math.isnan(share) else f"{100 * share:.0f} %"
+    return "-" if share is None or math.isnan(share) else f"{100 * share:.{digits}f} %"
 
 
 def decimal(value: float) -> str:

@@ -26,6 +26,7 @@ from balanced_learning.training.tide import KINDS
 PAPER_ABOVE = {"hard": 0.6, "random": 0.3}  # of the negatives above IoU 0.05; of the hard ones it is more than that
 PAPER_TO_OUTLIER = 0.3  # the mean gradient of an inlier, of an outlier's, under smooth L1 of beta 1
 DRAWS = 20  # of the samplers, of each image
+LEARNED = 0.1  # AP50 from which a detector is taken to know its objects
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Measurements:
         """AP50 minus AP75."""
         high, low = (self.evaluation.metrics.get(name) for name in ("AP50", "AP75"))
         return None if high is None or low is None else high - low
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether the detector knows its objects; if not, the levels say little."""
+        return (self.evaluation.metrics.get("AP50") or 0.0) >= LEARNED
 
     def costs(self) -> dict[str, float | None]:
         """What AP50 would gain without the errors of each kind."""

@@ -5,8 +5,6 @@ from collections.abc import Iterable, Sequence
 from balanced_learning.training.imbalance.advice import Advice, decimal, likeness, percent, unevenness
 from balanced_learning.training.imbalance.gathering import PAPER_ABOVE, PAPER_TO_OUTLIER, Measurements
 
-LEARNED = 0.1  # AP50 from which a detector is taken to know its objects
-
 Row = tuple[str, str, str]  # a figure, its value, and the paper's
 
 
@@ -14,11 +12,15 @@ def blocks(measured: Measurements, advices: Sequence[Advice]) -> str:
     """A block for each level, from the samples to the objective; the paper's figures are of COCO."""
     rows = (_sample_rows(measured), _feature_rows(measured), _objective_rows(measured))
     parts = [_block(advice, each) for advice, each in zip(advices, rows, strict=True)]
-    ap50 = measured.evaluation.metrics.get("AP50") or 0.0
-    if ap50 < LEARNED:
-        young = f"AP50 is {percent(ap50)}: the detector has hardly learned, and its figures say little"
-        parts.append(f"{young}. Measure a checkpoint of longer training, or raise --warm-up-steps.")
+    if not measured.has_learned:
+        parts.append(f"{too_young(measured)}. Measure a checkpoint of longer training, or raise --warm-up-steps.")
     return "\n\n".join(parts)
+
+
+def too_young(measured: Measurements) -> str:
+    """Why a detector that has not learned is not to be judged."""
+    ap50 = percent(measured.evaluation.metrics.get("AP50"))
+    return f"AP50 is {ap50}: the detector has hardly learned, and its figures say little"
 
 
 def _block(advice: Advice, rows: Iterable[Row]) -> str:
@@ -77,6 +79,7 @@ def _objective_rows(measured: Measurements) -> list[Row]:
         ("box loss / classification loss", decimal(level.ratio), ""),
         ("AP50", percent(metrics.get("AP50")), ""),
         ("AP75", percent(metrics.get("AP75")), ""),
+        ("AP50 minus AP75", percent(measured.difference), ""),
         ("AP50 lost to localisation (TIDE)", percent(lost), ""),
         ("its share of all errors' costs", percent(measured.localisation_share()), ""),
     ]

@@ -14,6 +14,7 @@ from balanced_learning.detection.imbalance.feature_level import FeatureLevel
 from balanced_learning.detection.imbalance.sample_level import SampleLevel
 from balanced_learning.training.imbalance.advice import Advice, decimal, likeness, percent
 from balanced_learning.training.imbalance.gathering import PAPER_ABOVE, PAPER_TO_OUTLIER, Measurements
+from balanced_learning.training.imbalance.text import too_young
 from balanced_learning.training.reporting.figures import GROUP_COLORS, draw_iou_shares, save_figure
 
 SIZE = (18, 10.5)  # inches
@@ -37,7 +38,7 @@ def draw_imbalance(title: str, measured: Measurements, advices: Sequence[Advice]
         advices: of each level, from the samples to the objective.
     """
     figure = plt.figure(figsize=SIZE, layout="constrained")
-    figure.suptitle(title, size=13)
+    figure.suptitle(title if measured.has_learned else f"{title}\n{too_young(measured)}", size=13)
     columns: Any = figure.subfigures(1, 3, wspace=0.03)
     names = ("Sample level: which negatives", "Feature level: which maps", "Objective level: whose gradient")
     for column, name, advice in zip(columns, names, advices, strict=True):
@@ -106,14 +107,16 @@ def _draw_objective(column: Any, measured: Measurements) -> None:
     }
     _draw_bars(gradient, shares, [GREY, ORANGE, GREEN, ORANGE], {one: PAPER_TO_OUTLIER})
     gradient.set_title("share of the inliers (diamond: the paper, beta of 1)", size=10)
-    _draw_bars(precision, {name: metrics.get(name) for name in ("AP50", "AP75")}, [BLUE, BLUE])
+    aps = {name: metrics.get(name) for name in ("AP50", "AP75")} | {"AP50 - AP75": measured.difference}
+    _draw_bars(precision, aps, [BLUE, BLUE, ORANGE])
     precision.set_title(
         f"{measured.evaluated_images} other images; box loss / classification loss {decimal(level.ratio)}", size=10
     )
     costs = measured.costs()
     end = 1.2 * max(0.01, *(cost or 0.0 for cost in costs.values()))
-    _draw_bars(errors, costs, [ORANGE if kind == "localisation" else GREY for kind in costs], end=end)
-    errors.set_title("what AP50 loses to each kind of error (TIDE)", size=10)
+    _draw_bars(errors, costs, [ORANGE if kind == "localisation" else GREY for kind in costs], end=end, digits=1)
+    share = percent(measured.localisation_share())
+    errors.set_title(f"what AP50 loses to each kind of error (TIDE)\nlocalisation: {share} of it all", size=10)
 
 
 def _draw_bars(
@@ -122,6 +125,7 @@ def _draw_bars(
     colors: Sequence[str],
     paper: Mapping[str, float] | None = None,
     end: float = 1.0,
+    digits: int = 0,
 ) -> None:
     """A bar for each share with its number, the first on top, and a diamond where the paper has one."""
     known = [0.0 if value is None or math.isnan(value) else value for value in values.values()]
@@ -129,7 +133,7 @@ def _draw_bars(
     for y, (name, value) in enumerate(values.items()):
         theirs = (paper or {}).get(name, -1.0)
         is_beside = 0 <= theirs - known[y] < 0.1 * end
-        axis.text((theirs if is_beside else known[y]) + 0.02 * end, y, percent(value), va="center", size=9)
+        axis.text((theirs if is_beside else known[y]) + 0.02 * end, y, percent(value, digits), va="center", size=9)
         if theirs >= 0:
             axis.plot(theirs, y, marker="D", color="black", markersize=6, markerfacecolor="white")
     axis.set_yticks(range(len(known)), list(values))
