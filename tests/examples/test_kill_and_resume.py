@@ -35,9 +35,10 @@ def _train(log, flags, ranks):
 
 def _start_ranks(ranks):
     """Goes on as each of them, and waits for all. It passes signals on, and if one fails it stops the others."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        about = {"MASTER_ADDR": "localhost", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": ranks}
+    kept = socket.socket()  # which does not listen: a rank may
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind(("localhost", 0))
+    about = {"MASTER_ADDR": "localhost", "MASTER_PORT": kept.getsockname()[1], "WORLD_SIZE": ranks}
     pids = []
     for rank in range(ranks):
         if not (pid := os.fork()):
@@ -52,11 +53,13 @@ def _start_ranks(ranks):
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
+    signal.signal(signal.SIGALRM, lambda *_: pass_on(signal.SIGKILL))
     statuses = []
     while len(statuses) < ranks:
         statuses.append(os.wait()[1])
         if statuses[-1]:
             pass_on(signal.SIGTERM)
+            signal.alarm(30)  # one that waits for the others to join does not hear
     os._exit(any(statuses))
 
 

@@ -106,7 +106,7 @@ class Disk:
         folder: where it is mounted.
     """
 
-    OPTIONS = "loop,noauto_da_alloc,data=writeback"
+    OPTIONS = "loop,noauto_da_alloc,data=writeback,commit=300"  # seconds until it syncs by itself
 
     def __init__(self, image: Path, folder: Path) -> None:
         self.image, self.folder = image, folder

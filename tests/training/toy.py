@@ -163,19 +163,19 @@ def run_processes(world_size: int, folder: Path, work: Callable[..., object], *g
     folder.mkdir(parents=True, exist_ok=True)
     server = multiprocessing.get_context("forkserver")  # has torch already when it forks them
     server.set_forkserver_preload([__name__])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(world_size):
-        meeting = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-        processes.append(server.Process(target=_work, args=(folder, rank, meeting, work, *given)))
-        processes[-1].start()
-    for process in processes:
-        process.join(60)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
+    with socket.socket() as kept:
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # it does not listen: the processes may
+        kept.bind(("127.0.0.1", 0))
+        processes = []
+        for rank in range(world_size):
+            meeting = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": kept.getsockname()[1]}
+            processes.append(server.Process(target=_work, args=(folder, rank, meeting, work, *given)))
+            processes[-1].start()
+        for process in processes:
+            process.join(600)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
     said = [[(folder / f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(world_size)]
     return [Outcome(process.exitcode, *texts) for process, texts in zip(processes, said, strict=True)]
 

@@ -77,13 +77,18 @@ def fault_when_resized(
     """
     short, long = torch.minimum(widths, heights).double(), torch.maximum(widths, heights).double()
     if policy == "multiscale":
-        return (short * torch.minimum(_SHORT_SIDES[0] / short, _LONG_SIDE / long)).floor() < 1
+        return (short * torch.minimum(_over(_SHORT_SIDES[0], short), _over(_LONG_SIDE, long))).floor() < 1
     if policy == "lsj":  # which calculates in float32
-        return (short.float() * ((_JITTER_SIDE / long).float() * _JITTER_SCALES[0])).floor() < 1
-    fault = (short * torch.minimum(min_size / short, max_size / long)).floor() < 1
+        return (short.float() * (_over(_JITTER_SIDE, long).float() * _JITTER_SCALES[0])).floor() < 1
+    fault = (short * torch.minimum(_over(min_size, short), _over(max_size, long))).floor() < 1
     if policy in ("ssd", "ssdlite"):
         fault |= (heights.float() * _LEAST_CROP).floor() < 1  # the crop divides by its height
     if policy == "ssd":  # zooming out may add almost a pixel to the short side's fraction that the long side keeps
         zoomed = (long * (short + 1) / short).ceil() - 1
-        fault |= (short * torch.minimum(min_size / short, max_size / zoomed)).floor() < 1
+        fault |= (short * torch.minimum(_over(min_size, short), _over(max_size, zoomed))).floor() < 1
     return fault
+
+
+def _over(number: int, sides: Tensor) -> Tensor:
+    """Quotients to the last bit, as Python has them; ``number / sides`` would multiply by the reciprocals."""
+    return torch.full_like(sides, number) / sides

@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import connection
 from typing import Any
 
 from balanced_learning import _torch_private
@@ -79,12 +80,21 @@ def loading(start: Callable[[], Iterator[Any]]) -> Generator[Any, None, None]:
         try:
             yield from batches
         except (RuntimeError, OSError, EOFError):
-            if any(process.exitcode for process in processes):
+            if processes and _is_one_killed(processes):
                 raise UserError(LOST) from None
             raise
     finally:
         end()
         atexit.unregister(end)
+
+
+def _is_one_killed(processes: list[Any]) -> bool:
+    """Whether one has died; its connection breaks a moment before that can be seen."""
+    ended = connection.wait([process.sentinel for process in processes], timeout=1)
+    for process in processes:
+        if process.sentinel in ended:
+            process.join()
+    return any(process.exitcode for process in processes)
 
 
 @contextmanager
