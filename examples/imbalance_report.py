@@ -7,7 +7,7 @@
 
 Takes the options of the training script. Measures some batches of training images: how sampling by IoU would change
 what the second stage learns from, which maps of the backbone an object's score comes from, and whose gradient the box
-loss is; and evaluates at most as many of val2017. Either are spread evenly over the data; those of training have boxes.
+loss is; and evaluates at most as many of val2017. Both are spread evenly over the data; those of training have boxes.
 Without --resume and --recipe, the parts of Libra R-CNN are off that no flag switches on; a detector whose weights know
 nothing of the data's categories is trained for some steps first, in memory. Prints a block and a sentence a level, and
 writes imbalance.json and imbalance.png to the output folder.

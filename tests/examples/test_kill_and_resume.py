@@ -6,7 +6,6 @@ The processes are forks of one that has imported everything already, and torchru
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from tests.training.ports import keep_port
 
 KILLS = 10
 
@@ -35,9 +36,7 @@ def _train(log, flags, ranks):
 
 def _start_ranks(ranks):
     """Goes on as each of them, and waits for all. It passes signals on, and if one fails it stops the others."""
-    kept = socket.socket()  # which does not listen: a rank may
-    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    kept.bind(("localhost", 0))
+    kept = keep_port()
     about = {"MASTER_ADDR": "localhost", "MASTER_PORT": kept.getsockname()[1], "WORLD_SIZE": ranks}
     pids = []
     for rank in range(ranks):

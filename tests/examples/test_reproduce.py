@@ -352,7 +352,7 @@ def test_throughput_is_measured_of_the_detector_itself(run, capsys):
     words = run.prepare("--table", 1, "--rows", "libra_rcnn_r50_1x", "--dry-run")
     reproduce.main([*words, "--device", "cpu", "--min-size", "64", "--max-size", "96", "-b", "1"])
     (speeds,) = re.findall(r"\((\S+) images/s in training, (\S+) in evaluation\)", capsys.readouterr().out)
-    assert all(0 < float(speed) < 1000 for speed in speeds)
+    assert all(0.1 < float(speed) < 1000 for speed in speeds)
 
 
 @pytest.mark.parametrize(

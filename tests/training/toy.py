@@ -4,7 +4,6 @@ import json
 import math
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from balanced_learning.training.checkpoint import Checkpoint
 from balanced_learning.training.config import Config
 from balanced_learning.training.reporting import reports
 from examples import train_torchvision_libra
+from tests.training.ports import keep_port
 from tests.training.small import fingerprint
 
 TOY = ["-j", "0", "--device", "cpu", "--lr", "0.05", "--warmup-iters", "0"]
@@ -163,9 +163,7 @@ def run_processes(world_size: int, folder: Path, work: Callable[..., object], *g
     folder.mkdir(parents=True, exist_ok=True)
     server = multiprocessing.get_context("forkserver")  # has torch already when it forks them
     server.set_forkserver_preload([__name__])
-    with socket.socket() as kept:
-        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # it does not listen: the processes may
-        kept.bind(("127.0.0.1", 0))
+    with keep_port() as kept:
         processes = []
         for rank in range(world_size):
             meeting = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": kept.getsockname()[1]}

@@ -103,7 +103,7 @@ class Split:
 
     def first(self, count: int) -> "Split":
         """The same split with its first images alone."""
-        return self.take(np.arange(min(count, len(self.columns))))
+        return self if count >= len(self.columns) else self.take(np.arange(count))
 
 
 def read_split(
